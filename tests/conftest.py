@@ -1,0 +1,125 @@
+"""Runs to draw and to store, without sending a ray."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from volumejax.records import Row, Run
+from volumejax.results import BoundKind, Kind, RayBatch, VolumeEstimate, to_host
+
+
+def _fill(cls, default, **values):
+    """The module with the given fields, and the default for every other one that has none."""
+    required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
+    return cls(**dict.fromkeys(required, default), **values)
+
+
+@pytest.fixture
+def make_estimate():
+    """An estimate with the given per-ray log weights; a bound unless ``settled``."""
+
+    def make(log_weight, *, radius=None, status=None, settled=False, **fields):
+        log_weight = np.asarray(log_weight, float)
+        n, finite = len(log_weight), log_weight[np.isfinite(log_weight)]
+        peak = finite.max() if finite.size else -np.inf
+        weights = np.exp(log_weight - (peak if finite.size else 0.0))
+        with np.errstate(divide="ignore"):
+            log_mass = peak + np.log(weights.mean())
+        zeros = jnp.zeros(n, jnp.int32)
+        trace = _fill(
+            RayBatch,
+            jnp.zeros(n),
+            log_weight=jnp.asarray(log_weight, jnp.float32),
+            radius=jnp.asarray(np.linspace(4, 6, n) if radius is None else radius, jnp.float32),
+            status=zeros if status is None else jnp.asarray(status, jnp.int32),
+            evaluations=zeros + 6,
+            executed=zeros + 7,
+            audited=zeros == 1,
+            violated=zeros == 1,
+            audit_evaluations=zeros,
+        )
+        values = {
+            "log_mass": log_mass,
+            "std_error": 0.25 if settled else np.inf,
+            "lower": log_mass - 3.0,
+            "prior_term": -65.2,
+            "mean_log_weight": finite.mean() if finite.size else -np.inf,
+            "std_log_weight": finite.std() if finite.size else np.nan,
+            "max_log_weight": peak,
+            "ess": n / 2 if settled else 1.0,
+            "pareto_k": 0.31 if settled else np.inf,
+            **fields,
+        }
+        estimate = _fill(
+            VolumeEstimate,
+            jnp.zeros(()),
+            **{name: jnp.asarray(value, jnp.float32) for name, value in values.items()},
+            kind=jnp.asarray(Kind.ESTIMATE if settled else Kind.LOWER_BOUND, jnp.int32),
+            bound_kind=jnp.asarray(BoundKind.CERTIFIED, jnp.int32),
+            hysteresis=jnp.full(2, jnp.nan),
+            scout_evaluations=jnp.zeros((), jnp.int32),
+            num_rays=n,
+            region="star",
+            trace=trace,
+        )
+        return to_host(estimate)
+
+    return make
+
+
+@pytest.fixture
+def make_row(make_estimate):
+    """A finished row of a run."""
+
+    def make(label, kind, log_weight, *, recorded=None, complete=True, seconds=7.25, **estimate):
+        made = make_estimate(log_weight, **estimate)
+        return Row(
+            label=label,
+            kind=kind,
+            seconds=seconds,
+            complete=complete,
+            recorded=recorded or {},
+            estimate=made.to_dict(),
+            rays={name: np.asarray(value) for name, value in vars(made.trace).items()},
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_run():
+    """A run made of rows."""
+
+    def make(*rows, **fields):
+        values = {
+            "name": "example",
+            "created": "2025-01-31T12:00:00+00:00",
+            "cutoff": 0.01,
+            "complete": True,
+            "task": {"dimension": 4810, "train_accuracy": 1.0, "test_accuracy": 0.978, "rms": 0.23, "sigma": 1.3975},
+            "seconds": {"training": 4.2, "total": 61.0},
+            "versions": {"python": "3.11.0", "jax": "0.8.0"},
+            "hardware": {"system": "Linux x86_64", "cores": 2},
+            "config": "name: example\n",
+        }
+        return Run(rows=rows, **{**values, **fields})
+
+    return make
+
+
+@pytest.fixture
+def example_run(make_row, make_run):
+    """Bounds, an estimate, and rays that never cross or have no volume."""
+    draw = np.random.default_rng(0).normal
+    radius = np.exp(draw(1.5, 0.1, 200))
+    radius[:3] = np.inf
+    empty = draw(-9000, 600, 200)
+    empty[:5] = -np.inf
+    return make_run(
+        make_row("isotropic", "isotropic", draw(-12000, 800, 200), recorded={"best": -9800, "mean": -11903, "sd": 828}),
+        make_row("Adam 0.001", "adam", empty, recorded={"best": -7021}, status=[5] * 5 + [0] * 195),
+        make_row("diagonal GGN 0.01", "diagonal_ggn", draw(-8900, 600, 200), radius=radius),
+        make_row("dense GGN β=2e4, no shift", "dense_ggn", draw(-7300, 0.2, 200), settled=True),
+    )

@@ -1,0 +1,63 @@
+import math
+
+import numpy as np
+import pytest
+
+from volumejax import check
+from volumejax.cli import main
+from volumejax.reference import quadratic
+
+CASE = check.Case("case", lambda: quadratic(np.ones(3), cutoff=0.1), True, 0.1, None)
+
+
+def verdict(*, is_bound=False, std_error=0.05, deviation=1.0, lower=-12.0, truth=-10.0, must_settle=None):
+    case = check.Case("case", CASE.problem, True, 0.1, must_settle)
+    return check._verdict(case, is_bound, std_error, deviation, lower, truth)
+
+
+@pytest.mark.parametrize(
+    ("result", "text"),
+    [
+        ({}, "ok"),
+        ({"deviation": 4.5}, "off by +4.5 SE"),
+        ({"deviation": -4.5}, "off by -4.5 SE"),
+        ({"deviation": math.nan}, "off by +nan SE"),
+        ({"std_error": 0.5}, "SE above 0.1"),
+        ({"lower": -9.0}, "bound above the truth"),
+        ({"lower": math.nan}, "bound above the truth"),
+        ({"is_bound": True, "deviation": math.nan}, "ok"),
+        ({"is_bound": True, "lower": -9.0}, "bound above the truth"),
+        ({"is_bound": True, "must_settle": True}, "labelled a bound"),
+        ({"must_settle": False}, "not labelled a bound"),
+    ],
+)
+def test_verdicts(result, text):
+    assert verdict(**result) == text
+
+
+def row(text):
+    return check.CheckRow("ball", "matched", -10.0, -10.1, 0.1, -11.0, False, -1.0, text, 0.1)
+
+
+@pytest.mark.parametrize(("texts", "code"), [(["ok", "ok"], 0), (["ok", "off by +9.0 SE"], 1)])
+def test_the_command_fails_if_one_case_fails(texts, code, monkeypatch, capsys):
+    monkeypatch.setattr(check, "run_checks", lambda: map(row, texts))
+    assert main(["check"]) == code
+    printed = capsys.readouterr()
+    assert "ball" in printed.out and "-10.000" in printed.out
+    assert ("All 2 agree" in printed.out) == (code == 0)
+    assert ("1 of 2 failed" in printed.out) == (code == 1)
+
+
+def test_each_family_is_covered():
+    names = " ".join(case.name for case in check.CASES)
+    for family in ("quadratic", "ellipsoid", "rank one", "tanh neuron", "shell"):
+        assert family in names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_rays_agree_with_a_known_answer(seed):
+    (result,) = check.run_checks(check.CASES[:1], num_rays=512, seed=seed)
+    assert result.truth == pytest.approx(-40.083597, abs=1e-5)
+    assert result.passed and abs(result.deviation) <= 4 and result.std_error <= 0.02

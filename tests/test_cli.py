@@ -1,0 +1,200 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from volumejax import cli, experiment
+from volumejax.cli import main
+from volumejax.records import read_run
+
+CONFIG = """\
+name: tiny
+task: {kind: digits, num_epochs: 1}
+prior: {kind: gaussian, sigma: 1.3975}
+cutoff: 1e-2
+num_rays: 100
+chunk_size: 8
+proposals:
+  - {kind: isotropic, recorded: {best: -9800}}
+  - {kind: isotropic, label: again}
+"""
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """The path of an experiment file, in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+class FakeSetting:
+    """What `prepare` gives, without a network."""
+
+    seconds = {"training": 1.0}  # noqa: RUF012
+
+    def facts(self):
+        return {"dimension": 4810, "sigma": 1.3975}
+
+
+@pytest.fixture
+def fake_rays(monkeypatch, make_row):
+    """Rows without rays: `install(rays, ...)` gives one row per number; a partial one if it falls short."""
+
+    def install(*counts, error=None):
+        asked = []
+
+        def prepare(config, _):
+            asked.append(config)
+            if isinstance(error, BaseException) and not counts:
+                raise error
+            return FakeSetting()
+
+        def run_experiment(*_):
+            config = asked[-1]
+            for entry, count in zip(config.proposals, counts, strict=False):
+                yield make_row(entry.name, entry.kind, -9.0 - np.arange(count), complete=count >= config.num_rays)
+            if error is not None:
+                raise error
+
+        monkeypatch.setattr(experiment, "prepare", prepare)
+        monkeypatch.setattr(experiment, "run_experiment", run_experiment)
+        return asked
+
+    return install
+
+
+def only_run(root):
+    (directory,) = Path(root).iterdir()
+    return directory
+
+
+def test_a_run_leaves_table_record_figures_and_report(config, fake_rays, capsys):
+    fake_rays(100, 100)
+    assert main(["run", config]) == 0
+    printed = capsys.readouterr()
+    directory = only_run("runs")
+    assert directory.name == "tiny-001"
+    names = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+    figures = {f"figures/{name}.{kind}" for name in ("summary", "log_mass", "radius") for kind in ("png", "svg")}
+    assert names == {"config.yaml", "result.json", "rays.npz", "report.html"} | figures
+    assert "isotropic" in printed.out and "again" in printed.out and "best -9,800" in printed.out
+    assert f"report: {directory / 'report.html'}" in printed.out
+    assert "tiny: 2 proposals, 100 rays each" in printed.err
+    run = read_run(directory)
+    assert run.complete and not run.quick
+    assert run.seconds.keys() == {"training", "total"}
+
+
+def test_the_next_run_gets_its_own_directory(config, fake_rays):
+    fake_rays(100, 100)
+    assert main(["run", config]) == 0
+    before = (Path("runs") / "tiny-001" / "result.json").read_bytes()
+    assert main(["run", config]) == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["tiny-001", "tiny-002"]
+    assert (Path("runs") / "tiny-001" / "result.json").read_bytes() == before
+
+
+def test_quick_takes_fewer_rays_and_says_so(config, fake_rays, capsys):
+    asked = fake_rays(48, 48)
+    assert main(["run", config, "--quick", "--output", "elsewhere/runs"]) == 0
+    printed = capsys.readouterr()
+    assert asked[0].num_rays == 48
+    assert "quick run: 48 rays per proposal instead of 100" in printed.err
+    assert "quick run" in printed.out
+    directory = only_run("elsewhere/runs")
+    assert read_run(directory).quick
+    assert "num_rays: 48" in (directory / "config.yaml").read_text()
+    assert "Quick run." in (directory / "report.html").read_text()
+
+
+def test_ctrl_c_keeps_finished_and_partial_rows(config, fake_rays, capsys):
+    fake_rays(100, 24)
+    assert main(["run", config]) == 130
+    printed = capsys.readouterr()
+    assert "partial: the run was interrupted" in printed.out
+    assert "again (partial, 24 rays)" in " ".join(printed.out.split())
+    run = read_run(only_run("runs"))
+    assert not run.complete
+    assert [row.complete for row in run.rows] == [True, False]
+    assert "Partial." in (only_run("runs") / "report.html").read_text()
+
+
+def test_ctrl_c_between_rows_keeps_the_finished_ones(config, fake_rays, capsys):
+    fake_rays(100, error=KeyboardInterrupt())
+    assert main(["run", config]) == 130
+    assert "partial" in capsys.readouterr().out
+    assert len(read_run(only_run("runs")).rows) == 1
+
+
+def test_ctrl_c_before_the_first_ray_leaves_nothing(config, fake_rays, capsys):
+    fake_rays(error=KeyboardInterrupt())
+    assert main(["run", config]) == 130
+    printed = capsys.readouterr()
+    assert "interrupted before the first rays; nothing to keep" in printed.err
+    assert list(Path("runs").iterdir()) == []
+
+
+def test_ctrl_c_while_writing_is_no_traceback(config, fake_rays, monkeypatch, capsys):
+    fake_rays(100, 100)
+    monkeypatch.setattr("volumejax.report.publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["run", config]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert len(read_run(only_run("runs")).rows) == 2
+
+
+def test_a_refusal_by_the_library_is_one_line(config, fake_rays, capsys):
+    fake_rays(error=ValueError("the anchor holds NaN;\nretrain it"))
+    assert main(["run", config]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1] == f"volumejax: {config}: the anchor holds NaN; retrain it"
+    assert list(Path("runs").iterdir()) == []
+
+
+def test_an_unwritable_place_is_found_before_the_work(config, fake_rays, capsys):
+    asked = fake_rays(100, 100)
+    Path("taken").write_text("")
+    assert main(["run", config, "--output", "taken"]) == 2
+    assert "taken: cannot make a run directory here" in capsys.readouterr().err
+    assert asked == []
+
+
+def test_a_missing_extra_is_one_line(config, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "volumejax.terminal", None)
+    monkeypatch.setattr(cli, "_run", lambda _: (_ for _ in ()).throw(ImportError("pip install 'volumejax[run]'")))
+    assert main(["run", config]) == 2
+    assert capsys.readouterr().err == "volumejax: pip install 'volumejax[run]'\n"
+
+
+def test_version_and_usage(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.startswith("volumejax ")
+    with pytest.raises(SystemExit) as stopped:
+        main(["rum"])
+    assert stopped.value.code == 2
+    assert "rum" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_module_runs_the_real_thing(config, tmp_path):
+    text = CONFIG.replace("num_rays: 100", "num_rays: 16").replace("  - {kind: isotropic, label: again}\n", "")
+    Path(config).write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-m", "volumejax", "run", config],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(Path(cli.__file__).parents[1]), "COLUMNS": "60", "PATH": ""},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines()[:-1])) <= 60
+    (row,) = json.loads((tmp_path / "runs" / "tiny-001" / "result.json").read_text())["rows"]
+    assert row["estimate"]["num_rays"] == 16
+    assert -20000 < row["estimate"]["mean_log_weight"] < -5000

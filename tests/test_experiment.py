@@ -1,0 +1,131 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from volumejax import experiment
+from volumejax.behaviours import kl_to_anchor
+from volumejax.config import parse_config
+from volumejax.proposals import Dense, Diagonal, Isotropic
+from volumejax.tasks.digits import Task
+
+CONFIG = """\
+name: tiny
+task: {kind: digits}
+prior: {kind: gaussian, sigma: rms}
+cutoff: 1e-2
+num_rays: 40
+chunk_size: 16
+proposals:
+  - {kind: isotropic, recorded: {best: -3.5}}
+  - {kind: diagonal_ggn, damping: 1e-2, label: damped}
+  - {kind: diagonal_ggn, beta: 100.0, label: tempered}
+  - {kind: dense_ggn, beta: auto, label: rotated}
+  - {kind: dense_ggn, beta: 100.0, shift: false, label: unshifted}
+"""
+
+
+def linear(params, inputs):
+    return inputs @ params["w"]
+
+
+@pytest.fixture
+def tiny_task(monkeypatch):
+    """A linear softmax model with six parameters in place of the digits network."""
+    params = {"w": jnp.arange(6.0).reshape(2, 3) / 6}
+    inputs = jax.random.normal(jax.random.key(0), (8, 2))
+    labels = jnp.zeros(8, jnp.int32)
+    task = Task(
+        apply_fn=linear,
+        params=params,
+        inputs=inputs,
+        labels=labels,
+        test_inputs=inputs,
+        test_labels=labels,
+        opt_state=None,
+        cost=kl_to_anchor(linear, params, inputs),
+        train_accuracy=1.0,
+        test_accuracy=0.5,
+        rms=0.5,
+    )
+    monkeypatch.setattr(experiment, "digits_task", lambda seed, *, num_epochs: task)  # noqa: ARG005
+    return task
+
+
+@pytest.fixture
+def fake_stream(monkeypatch, make_estimate):
+    """Rays of log weight -1, -2, -3, ... in place of real ones; Ctrl-C before chunk ``stop`` of all."""
+    calls = []
+    chunks = itertools.count()
+
+    def install(stop=None):
+        def stream(key, cost, params, prior, *, num_rays, chunk_size, **settings):
+            calls.append({"key": key, "cost": cost, "params": params, "prior": prior, **settings})
+            for done in range(chunk_size, num_rays + chunk_size, chunk_size):
+                if next(chunks) == stop:
+                    raise KeyboardInterrupt
+                yield make_estimate(-1.0 - np.arange(min(done, num_rays)))
+
+        monkeypatch.setattr(experiment, "ray_stream", stream)
+        return calls
+
+    return install
+
+
+def run(config):
+    seen = []
+    setting = experiment.prepare(config, seen.append)
+    return setting, list(experiment.run_experiment(setting, seen.append)), seen
+
+
+def test_rows_follow_the_configuration(tiny_task, fake_stream):
+    calls = fake_stream()
+    config = parse_config(CONFIG)
+    setting, rows, seen = run(config)
+    assert [row.label for row in rows] == ["isotropic", "damped", "tempered", "rotated", "unshifted"]
+    assert [row.kind for row in rows] == [entry.kind for entry in config.proposals]
+    assert all(row.complete and row.estimate["num_rays"] == 40 for row in rows)
+    assert rows[0].recorded == {"best": -3.5} and rows[1].recorded == {}
+    np.testing.assert_array_equal(rows[0].rays["log_weight"], -1.0 - np.arange(40))
+    assert [type(proposal) for proposal in setting.proposals] == [Isotropic, Diagonal, Diagonal, Dense, Dense]
+    assert setting.facts()["sigma"] == 0.5 and setting.facts()["dimension"] == 6
+    for call, proposal in zip(calls, setting.proposals, strict=True):
+        assert call["cutoff"] == 0.01 and call["tolerance"] == 0.1 and call["audit_fraction"] == 0.05
+        assert call["proposal"] is proposal and call["cost"] is tiny_task.cost and call["prior"] is setting.prior
+        assert jnp.array_equal(jax.random.key_data(call["key"]), jax.random.key_data(jax.random.key(0)))
+    stages = [progress.stage for progress in seen if progress.done == 0]
+    assert stages == ["training", "curvature", *(row.label for row in rows)]
+    assert [progress.done for progress in seen if progress.stage == "damped"] == [0, 16, 32, 40]
+
+
+def test_damped_form_and_shift(tiny_task, fake_stream):
+    fake_stream()
+    setting, _, _ = run(parse_config(CONFIG))
+    diagonal = experiment.curvature.diagonal_ggn(linear, tiny_task.params, tiny_task.inputs)
+    np.testing.assert_allclose(setting.proposals[1].scale["w"], 1 / (np.sqrt(diagonal["w"]) + 0.01), rtol=1e-5)
+    assert setting.proposals[2].mean is not None and setting.proposals[3].mean is not None
+    assert setting.proposals[1].mean is None and setting.proposals[4].mean is None
+
+
+def test_curvature_is_computed_only_where_needed(tiny_task, fake_stream, monkeypatch):
+    del tiny_task
+    fake_stream()
+    monkeypatch.setattr(experiment.curvature, "dense_ggn", lambda *_: pytest.fail("not needed"))
+    text = CONFIG[: CONFIG.index("  - {kind: dense_ggn")]
+    _, rows, _ = run(parse_config(text))
+    assert len(rows) == 3
+
+
+@pytest.mark.parametrize(
+    ("stop", "labels", "rays"),
+    [(0, [], []), (2, ["isotropic"], [32]), (3, ["isotropic"], [40]), (4, ["isotropic", "damped"], [40, 16])],
+)
+def test_an_interrupt_keeps_what_was_done(stop, labels, rays, tiny_task, fake_stream):
+    del tiny_task
+    fake_stream(stop)
+    _, rows, _ = run(parse_config(CONFIG))
+    assert [row.label for row in rows] == labels
+    assert [row.estimate["num_rays"] for row in rows] == rays
+    assert [row.complete for row in rows] == [count == 40 for count in rays]

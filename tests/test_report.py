@@ -1,0 +1,132 @@
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from volumejax import plots, report
+from volumejax.cli import main
+from volumejax.records import write_run
+
+VOID = {"meta", "br", "link", "img", "path", "use", "rect"}
+
+
+class Page(HTMLParser):
+    """Checks that tags balance, and collects ids, references and visible text."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.references, self.text, self.tags = [], [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value)
+            if name in ("href", "src", "xlink:href", "srcset", "action"):
+                self.references.append(value)
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture
+def html(example_run, tmp_path):
+    """The report of the example."""
+    return report.publish(tmp_path, example_run).read_text(encoding="utf-8")
+
+
+def read(html):
+    page = Page()
+    page.feed(html)
+    assert page.open == []
+    return page
+
+
+def test_publish_writes_every_figure_and_the_report(example_run, tmp_path):
+    path = report.publish(tmp_path, example_run)
+    names = {entry.name for entry in (tmp_path / "figures").iterdir()}
+    assert names == {f"{name}.{kind}" for name in ("summary", "log_mass", "radius") for kind in ("png", "svg")}
+    assert path.name == "report.html" and path.stat().st_size > 20_000
+
+
+def test_the_report_needs_nothing_else(html):
+    page = read(html)
+    assert "://" not in html
+    assert not {"script", "link", "iframe", "object", "embed", "img", "base"} & set(page.tags)
+    assert all(reference.startswith("#") for reference in page.references)
+    assert {reference[1:] for reference in page.references} <= set(page.ids)
+    assert not re.findall(r"url\((?!#)|@import|@font-face", html)
+    assert set(re.findall(r"url\(#([^)]*)\)", html)) <= set(page.ids)
+
+
+def test_ids_are_unique(html):
+    ids = read(html).ids
+    assert len(ids) == len(set(ids)) > 50
+
+
+def test_it_reads_on_a_phone_and_in_the_dark(html):
+    assert 'name="viewport"' in html and "@media (max-width" in html
+    assert "prefers-color-scheme: dark" in html
+    drawings = "".join(re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL))
+    assert drawings.count("<svg") == 3
+    for code in (plots.INK, plots.PAPER, *plots.COLOURS.values()):
+        assert code not in drawings
+    for name in set(re.findall(r"var\(--(\w+)\)", html)):
+        assert html.count(f"--{name}: #") == 2, name
+
+
+def test_it_tells_question_table_config_and_versions(html, example_run):
+    text = " ".join(" ".join(read(html).text).split())
+    assert "What is the probability of drawing, at random from the prior" in text
+    assert "4,810 parameters" in text and "σ = 1.3975" in text
+    for row in example_run.rows:
+        assert row.label in text
+    assert "name: example" in text
+    assert "jax" in text and "0.8.0" in text
+    assert "−11,903 ± 828" in text
+
+
+def test_every_figure_is_explained_in_two_sentences(html):
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", html, flags=re.DOTALL)
+    assert len(captions) == 3
+    for caption in captions:
+        assert len(re.findall(r"\.(?:\s|$)", caption)) == 2
+
+
+def test_partial_and_quick_runs_say_so(example_run, html):
+    assert "Partial." not in html and "Quick run." not in html
+    changed = example_run.model_copy(update={"complete": False, "quick": True})
+    page = report.render_report(changed, {})
+    assert "Partial." in page and "Quick run." in page
+
+
+def test_labels_and_config_are_escaped(make_row, make_run):
+    label = "<script>alert('$1$')</script>"
+    run = make_run(make_row(label, "adam", [-5.0, -6.0]), config="name: <b>&amp;", name="<i>")
+    drawings = {name: plots.render(figure, "svg").decode() for name, figure in plots.figures(run).items()}
+    page = read(report.render_report(run, drawings))
+    assert "script" not in page.tags and "b" not in page.tags and "i" not in page.tags
+    assert label in "".join(page.text) and "name: <b>&amp;" in "".join(page.text)
+
+
+def test_plot_redraws_what_was_lost(example_run, tmp_path, capsys):
+    write_run(tmp_path, example_run)
+    assert main(["plot", str(tmp_path)]) == 0
+    first = (tmp_path / "report.html").read_bytes()
+    (tmp_path / "report.html").unlink()
+    (tmp_path / "figures" / "radius.png").unlink()
+    assert main(["plot", str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").read_bytes() == first
+    assert (tmp_path / "figures" / "radius.png").exists()
+    assert f"report: {tmp_path / 'report.html'}" in capsys.readouterr().out

@@ -1,0 +1,280 @@
+"""The experiment file: YAML read into frozen, strict models, with one line and a remedy for every mistake.
+
+The grammar is YAML 1.2, so ``1e-2`` is a number. Nothing here imports JAX: a mistake in the file is
+reported before any long import, let alone any long work.
+"""
+
+import io
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+try:
+    from pydantic import (
+        BaseModel,
+        ConfigDict,
+        Discriminator,
+        Field,
+        PositiveFloat,
+        StrictBool,
+        Tag,
+        ValidationError,
+        model_validator,
+    )
+    from pydantic_core import PydanticCustomError
+    from ruamel.yaml import YAML
+except ImportError as error:
+    raise ImportError("experiment files need the run extra: pip install 'volumejax[run]'") from error
+
+from volumejax.config_errors import ConfigError, as_number, explain, one_line, read_yaml
+
+__all__ = ["Config", "ConfigError", "dump_config", "load_config", "parse_config", "quick"]
+
+QUICK_RAYS = 48
+
+
+def _number_or_word(value: Any) -> str:
+    return "word" if isinstance(value, str) and as_number(value) is None else "number"
+
+
+def _printable(value: str) -> str:
+    if not value.isprintable() or not value.strip():
+        raise PydanticCustomError("label", "must be printable text; remove the control characters")
+    return value
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Sigma = Annotated[
+    Annotated[PositiveFloat, Tag("number")] | Annotated[Literal["rms"], Tag("word")],
+    Discriminator(_number_or_word),
+]
+Beta = Annotated[
+    Annotated[PositiveFloat, Tag("number")] | Annotated[Literal["auto"], Tag("word")],
+    Discriminator(_number_or_word),
+]
+
+
+class DigitsTask(_Model):
+    """The 64-64-10 MLP on scikit-learn's digits, trained by Adam."""
+
+    kind: Literal["digits"]
+    seed: Seed = 0
+    num_epochs: Count = 25
+
+
+class GaussianPrior(_Model):
+    """N(0, sigma²) on every parameter; ``rms`` stands for the RMS of the trained parameters."""
+
+    kind: Literal["gaussian"]
+    sigma: Sigma = Field(examples=["sigma: 1.3975"])
+
+
+class Recorded(_Model):
+    """Values published for this proposal, in nats: the best ray, and mean and sd of the per-ray log mass."""
+
+    best: float | None = None
+    mean: float | None = None
+    sd: Annotated[float, Field(ge=0)] | None = None
+
+
+class _Proposal(_Model):
+    label: Annotated[str, Field(min_length=1, max_length=40)] | None = None
+    recorded: Recorded | None = None
+
+    @property
+    def name(self) -> str:
+        """The label, or a description built from the settings."""
+        return self.label if self.label is not None else self._describe()
+
+    def _describe(self) -> str:
+        raise NotImplementedError
+
+
+class IsotropicProposal(_Proposal):
+    """Directions uniform on the sphere."""
+
+    kind: Literal["isotropic"]
+
+    def _describe(self) -> str:
+        return "isotropic"
+
+
+class AdamProposal(_Proposal):
+    """Scale 1 / (nu**exponent + damping), with nu Adam's second moment."""
+
+    kind: Literal["adam"]
+    damping: PositiveFloat = Field(examples=["damping: 1e-3"])
+    exponent: PositiveFloat = 0.5
+
+    def _describe(self) -> str:
+        return f"Adam {_short(self.damping)}{_unless(self.exponent, 0.5)}"
+
+
+class DiagonalGGNProposal(_Proposal):
+    """Diagonal GGN h: damped, 1 / (h**exponent + damping), or the tempered posterior at beta."""
+
+    kind: Literal["diagonal_ggn"]
+    damping: PositiveFloat | None = None
+    exponent: PositiveFloat | None = None
+    beta: Beta | None = None
+    shift: StrictBool | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "DiagonalGGNProposal":
+        if (self.damping is None) == (self.beta is None):
+            raise PydanticCustomError("form", "needs either damping or beta; add `damping: 1e-2` or `beta: auto`")
+        if self.damping is None and self.exponent is not None:
+            raise PydanticCustomError("form", "exponent belongs to damping, not to beta; remove exponent")
+        if self.beta is None and self.shift is not None:
+            raise PydanticCustomError("form", "shift belongs to beta, not to damping; remove shift")
+        return self
+
+    def _describe(self) -> str:
+        if self.beta is not None:
+            return f"diagonal GGN {_tempered(self.beta, self.shift)}"
+        return f"diagonal GGN {_short(self.damping)}{_unless(self.exponent, 0.5)}"
+
+
+class DenseGGNProposal(_Proposal):
+    """The Gaussian approximation of the tempered posterior at beta, from the dense GGN, rotated back."""
+
+    kind: Literal["dense_ggn"]
+    beta: Beta = Field(examples=["beta: auto"])
+    shift: StrictBool = True
+
+    def _describe(self) -> str:
+        return f"dense GGN {_tempered(self.beta, self.shift)}"
+
+
+Proposal = Annotated[
+    IsotropicProposal | AdamProposal | DiagonalGGNProposal | DenseGGNProposal, Field(discriminator="kind")
+]
+
+
+class Config(_Model):
+    """One experiment: a task, a prior, a cutoff in nats and the ray proposals to compare."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$", examples=["name: my_experiment"])]
+    task: DigitsTask = Field(examples=["task: {kind: digits}"])
+    prior: GaussianPrior = Field(examples=["prior: {kind: gaussian, sigma: 1.0}"])
+    cutoff: PositiveFloat = Field(examples=["cutoff: 1e-2"])
+    tolerance: PositiveFloat = 0.1
+    seed: Seed = 0
+    num_rays: Count = 256
+    chunk_size: Count = 64
+    audit_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
+    proposals: Annotated[tuple[Proposal, ...], Field(strict=False, min_length=1)] = Field(
+        examples=["proposals: [{kind: isotropic}]"]
+    )
+    output: Annotated[str, Field(min_length=1)] = "runs"
+
+    @model_validator(mode="after")
+    def _distinct_labels(self) -> "Config":
+        names = [_printable(proposal.name) for proposal in self.proposals]
+        for name in names:
+            if names.count(name) > 1:
+                raise PydanticCustomError(
+                    "labels",
+                    "two proposals are called {name}; give each its own `label:`",
+                    {"name": repr(name)},
+                )
+        return self
+
+
+_MODELS: dict[str, type[BaseModel]] = {
+    "": Config,
+    "task": DigitsTask,
+    "prior": GaussianPrior,
+    "recorded": Recorded,
+    "isotropic": IsotropicProposal,
+    "adam": AdamProposal,
+    "diagonal_ggn": DiagonalGGNProposal,
+    "dense_ggn": DenseGGNProposal,
+}
+
+
+def load_config(path: str | Path) -> Config:
+    """Read an experiment file.
+
+    Args:
+        path: a YAML 1.2 file.
+
+    Returns:
+        The configuration, every default filled in.
+
+    Raises:
+        ConfigError: one line that names the file, the key, the mistake and its remedy.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(one_line(path, "no such file; check the path")) from None
+    except IsADirectoryError:
+        raise ConfigError(one_line(path, "is a directory; give the YAML file inside it")) from None
+    except UnicodeDecodeError:
+        raise ConfigError(one_line(path, "is not UTF-8 text; save it as UTF-8")) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(one_line(path, f"cannot be read: {getattr(error, 'strerror', None) or error}")) from None
+    return parse_config(text, source=str(path))
+
+
+def parse_config(text: str, *, source: str = "config") -> Config:
+    """Parse the text of an experiment file.
+
+    Args:
+        text: YAML 1.2.
+        source: what to call the text in messages.
+
+    Returns:
+        The configuration, every default filled in.
+
+    Raises:
+        ConfigError: one line that names the source, the key, the mistake and its remedy.
+
+    Example:
+        >>> text = "{name: a, task: {kind: digits}, prior: {kind: gaussian, sigma: 1}, cutoff: 1e-2,"
+        >>> parse_config(text + " proposals: [{kind: isotropic}]}").cutoff
+        0.01
+    """
+    data = read_yaml(text, source)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise explain(error, data, text, source, _MODELS) from None
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as YAML 1.2 that ``parse_config`` reads back, defaults written out."""
+    stream = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]  (untyped upstream)
+    data = config.model_dump(mode="json", exclude_none=True)
+    data["proposals"] = [{"kind": entry["kind"], **entry} for entry in data["proposals"]]
+    yaml.dump(data, stream)
+    return stream.getvalue()
+
+
+def quick(config: Config) -> Config:
+    """The same experiment with few rays per proposal, for continuous integration."""
+    return config.model_copy(update={"num_rays": min(config.num_rays, QUICK_RAYS)})
+
+
+def _short(number: float | None) -> str:
+    if isinstance(number, int):
+        return str(number)
+    return re.sub(r"e([+-])0*(\d)", lambda m: f"e{m[1].strip('+')}{m[2]}", f"{number:.4g}")
+
+
+def _unless(exponent: float | None, default: float) -> str:
+    return "" if exponent is None or exponent == default else f", power {_short(exponent)}"
+
+
+def _tempered(beta: float | str, shift: bool | None) -> str:
+    text = beta if isinstance(beta, str) else _short(beta)
+    return f"β={text}{'' if shift is None or shift else ', no shift'}"

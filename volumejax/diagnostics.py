@@ -1,0 +1,121 @@
+"""How far a set of importance weights can be trusted. Log weights in nats, float64 throughout."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+__all__ = ["certified_lower", "effective_sample_size", "log_mean_error", "pareto_k", "pareto_k_limit"]
+
+_FEWEST = 25
+"""With fewer weights the tail fit has under five points and says nothing."""
+
+
+def effective_sample_size(log_weights: Float[Array | np.ndarray, "rays"]) -> Float[Array, ""]:
+    """Return Kish's effective sample size, (Σw)²/Σw²; 0 where every weight is 0."""
+    with jax.enable_x64(True):
+        w = _relative(log_weights)
+        square = jnp.sum(w * w)
+        return jnp.where(square > 0.0, jnp.sum(w) ** 2 / jnp.where(square > 0.0, square, 1.0), 0.0)
+
+
+def log_mean_error(log_weights: Float[Array | np.ndarray, "rays"]) -> Float[Array, ""]:
+    """Return the standard error of log mean w, sd(w)/(√n · mean w); +inf for a single ray or zero weights."""
+    with jax.enable_x64(True):
+        n = log_weights.shape[0]
+        w = _relative(log_weights)
+        mean = jnp.mean(w)
+        if n < 2:
+            return jnp.full((), jnp.inf, jnp.float64)
+        error = jnp.std(w, ddof=1) / (math.sqrt(n) * jnp.where(mean > 0.0, mean, 1.0))
+        return jnp.where(mean > 0.0, error, jnp.inf)
+
+
+def pareto_k_limit(num_rays: int) -> float:
+    """Return the k-hat above which n weights cannot support a standard error, min(0.7, 1 − 1/log10 n).
+
+    Reference: Vehtari, Simpson, Gelman, Yao & Gabry, "Pareto smoothed importance sampling", JMLR 2024, §3.2.4.
+    """
+    return min(0.7, 1.0 - 1.0 / math.log10(num_rays)) if num_rays > 1 else -math.inf
+
+
+def pareto_k(log_weights: Float[Array | np.ndarray, "rays"]) -> Float[Array, ""]:
+    """Return k-hat, the shape of a generalised Pareto distribution fitted to the largest weights.
+
+    The fit is the empirical Bayes estimate of Zhang & Stephens (Technometrics 2009) to the min(n/5, 3√n) largest weights,
+    shrunk towards 1/2 by ten pseudo-observations as in Vehtari et al. (JMLR 2024).
+
+    Args:
+        log_weights: log importance weights, in nats.
+
+    Returns:
+        k-hat: −inf for equal weights; +inf where nothing can be fitted (fewer than 25 weights, a NaN or +inf
+        among them, or a tail threshold below the smallest float64 relative to the largest weight).
+    """
+    with jax.enable_x64(True):
+        n = log_weights.shape[0]
+        if n < _FEWEST:
+            return jnp.full((), jnp.inf, jnp.float64)
+        tail = math.ceil(min(0.2 * n, 3.0 * math.sqrt(n)))
+        x = jnp.asarray(log_weights).astype(jnp.float64)
+        w = jnp.sort(_relative(x))
+        threshold = w[n - tail - 1]
+        excess = w[n - tail :] - threshold
+        spread = w[n - 1] - w[0]
+        equal = spread <= 64.0 * jnp.finfo(jnp.float64).eps
+        top = jnp.max(x)
+        fits = jnp.isfinite(top) & (threshold > jnp.finfo(jnp.float64).tiny) & (excess[-1] > 0.0)
+        k = _fit_shape(jnp.where(fits, excess, jnp.arange(1.0, tail + 1.0)))
+        k = jnp.where(jnp.isfinite(k), k, jnp.inf)
+        return jnp.where(jnp.isfinite(top) & equal, -jnp.inf, jnp.where(fits, k, jnp.inf))
+
+
+def certified_lower(log_weights: Float[Array | np.ndarray, "rays"], probability: float = 0.05) -> Float[Array, ""]:
+    r"""Return a lower bound on log E[w] that fails with at most `probability`, whatever the distribution of w ≥ 0.
+
+    For blocks of fixed size the product of B block means has expectation (E w)^B, so by Markov's inequality
+    log E w ≥ (1/B) Σ log(block mean) − log(1/p)/B with probability 1 − p. Three block sizes, n, about √n and 1, share the
+    allowance equally; the best of the three counts.
+    """
+    with jax.enable_x64(True):
+        x = jnp.asarray(log_weights).astype(jnp.float64)
+        n = x.shape[0]
+        sizes = sorted({1, math.isqrt(n), n})
+        penalty = math.log(len(sizes) / probability)
+        bounds = []
+        for size in sizes:
+            blocks = n // size
+            edges = [round(i * n / blocks) for i in range(blocks + 1)]
+            ids = jnp.repeat(jnp.arange(blocks), jnp.diff(jnp.asarray(edges)), total_repeat_length=n)
+            counts = jnp.diff(jnp.asarray(edges)).astype(jnp.float64)
+            top = jax.ops.segment_max(x, ids, blocks)
+            safe = jnp.where(jnp.isfinite(top), top, 0.0)
+            sums = jax.ops.segment_sum(jnp.exp(x - safe[ids]), ids, blocks)
+            log_means = safe + jnp.log(sums) - jnp.log(counts)
+            bounds.append(jnp.mean(log_means) - penalty / blocks)
+        return jnp.max(jnp.stack(bounds))
+
+
+def _relative(log_weights: Array | np.ndarray) -> Array:
+    """Return the weights over their maximum; zeros where every weight is 0."""
+    x = jnp.asarray(log_weights).astype(jnp.float64)
+    top = jnp.max(x)
+    return jnp.exp(x - jnp.where(jnp.isneginf(top), 0.0, top))
+
+
+def _fit_shape(excess: Float[Array, "tail"]) -> Float[Array, ""]:
+    """Return the regularised shape of a generalised Pareto distribution from ascending excesses."""
+    count = excess.shape[0]
+    grid = 30 + math.isqrt(count)
+    i = jnp.arange(1, grid + 1, dtype=jnp.float64)
+    quartile = excess[max(int(count / 4.0 + 0.5) - 1, 0)]
+    quartile = jnp.where(quartile > 0.0, quartile, jnp.finfo(jnp.float64).tiny)
+    b = 1.0 / excess[-1] + (1.0 - jnp.sqrt(grid / (i - 0.5))) / (3.0 * quartile)
+    shapes = jnp.mean(jnp.log1p(-b[:, None] * excess[None, :]), axis=1)
+    profile = count * (jnp.log(-b / shapes) - shapes - 1.0)
+    weight = jax.nn.softmax(jnp.where(jnp.isnan(profile), -jnp.inf, profile))
+    b_hat = jnp.sum(jnp.where(weight > 0.0, b * weight, 0.0))
+    k = jnp.mean(jnp.log1p(-b_hat * excess))
+    return (count * k + 10.0 * 0.5) / (count + 10.0)

@@ -1,0 +1,203 @@
+"""From a configuration to rows: trains the anchor, builds prior and proposals, sends the rays."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from volumejax import curvature, tree
+from volumejax.config import (
+    AdamProposal,
+    Config,
+    DenseGGNProposal,
+    DiagonalGGNProposal,
+    IsotropicProposal,
+)
+from volumejax.priors import Gaussian
+from volumejax.proposals import Dense, Diagonal, Isotropic
+from volumejax.rays import ray_stream
+from volumejax.records import Row
+from volumejax.results import VolumeEstimate
+from volumejax.tasks.digits import Task, digits_task
+from volumejax.tuning import adam_proposal, curvature_proposal, damped_proposal
+
+Proposal = Isotropic | Diagonal | Dense
+ProposalConfig = IsotropicProposal | AdamProposal | DiagonalGGNProposal | DenseGGNProposal
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        stage: training, curvature, or a proposal's name.
+        done: rays done, or 1 when a stage without rays has ended.
+        total: rays in all, or 1.
+        seconds: since the stage began.
+        estimate: from the rays so far.
+    """
+
+    stage: str
+    done: int
+    total: int
+    seconds: float
+    estimate: VolumeEstimate | None = None
+
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The question with its numbers filled in: everything that the rays need.
+
+    Attributes:
+        config: what was asked for.
+        task: the trained network and its cost.
+        prior: on all of its parameters.
+        proposals: one for each entry of ``config.proposals``.
+        seconds: wall time by stage.
+    """
+
+    config: Config
+    task: Task
+    prior: Gaussian
+    proposals: tuple[Proposal, ...]
+    seconds: dict[str, float]
+
+    def facts(self) -> dict[str, float | int | str]:
+        """What a report says about the network and the prior."""
+        return {
+            "dimension": tree.size(self.task.params),
+            "train_accuracy": self.task.train_accuracy,
+            "test_accuracy": self.task.test_accuracy,
+            "rms": self.task.rms,
+            "sigma": _sigma(self.config, self.task),
+        }
+
+
+def prepare(config: Config, on_progress: OnProgress) -> Setting:
+    """Train the anchor and build the prior and the proposals.
+
+    Args:
+        config: the experiment.
+        on_progress: called as a stage begins and ends.
+
+    Returns:
+        The setting for `run_experiment`.
+
+    Raises:
+        ValueError: the configuration asks for something that the library refuses.
+    """
+    seconds: dict[str, float] = {}
+    with _stage("training", seconds, on_progress):
+        task = digits_task(config.task.seed, num_epochs=config.task.num_epochs)
+    prior = Gaussian(_sigma(config, task))
+    diagonal, dense = None, None
+    with _stage("curvature", seconds, on_progress):
+        if any(isinstance(entry, DiagonalGGNProposal) for entry in config.proposals):
+            diagonal = jax.block_until_ready(curvature.diagonal_ggn(task.apply_fn, task.params, task.inputs))
+        if any(isinstance(entry, DenseGGNProposal) for entry in config.proposals):
+            dense = jax.block_until_ready(curvature.dense_ggn(task.apply_fn, task.params, task.inputs))
+        proposals = tuple(
+            _proposal(entry, task, prior, diagonal, dense, cutoff=config.cutoff) for entry in config.proposals
+        )
+        jax.block_until_ready(jax.tree.leaves(proposals))
+    return Setting(config, task, prior, proposals, seconds)
+
+
+def run_experiment(setting: Setting, on_progress: OnProgress) -> Iterator[Row]:
+    """Send the rays of every proposal.
+
+    All proposals share the key, so a row does not depend on the rows before it.
+
+    Args:
+        setting: from `prepare`.
+        on_progress: called after every chunk of rays.
+
+    Yields:
+        A row as soon as it is finished. On KeyboardInterrupt the row from the rays so far, marked as partial,
+        and then nothing more.
+
+    Raises:
+        ValueError: the question is ill-posed, e.g. the cost at the anchor exceeds the cutoff.
+    """
+    config = setting.config
+    for entry, proposal in zip(config.proposals, setting.proposals, strict=True):
+        estimate, began = None, time.perf_counter()
+        on_progress(Progress(entry.name, 0, config.num_rays, 0.0))
+        try:
+            for estimate in ray_stream(
+                jax.random.key(config.seed),
+                setting.task.cost,
+                setting.task.params,
+                setting.prior,
+                cutoff=config.cutoff,
+                proposal=proposal,
+                num_rays=config.num_rays,
+                chunk_size=config.chunk_size,
+                tolerance=config.tolerance,
+                audit_fraction=config.audit_fraction,
+            ):
+                seconds = time.perf_counter() - began
+                on_progress(Progress(entry.name, estimate.num_rays, config.num_rays, seconds, estimate))
+        except KeyboardInterrupt:
+            if estimate is not None:
+                yield _row(entry, estimate, time.perf_counter() - began, complete=False)
+            return
+        if estimate is not None:
+            yield _row(entry, estimate, time.perf_counter() - began, complete=True)
+
+
+def _row(entry: ProposalConfig, estimate: VolumeEstimate, seconds: float, *, complete: bool) -> Row:
+    recorded = entry.recorded.model_dump(exclude_none=True) if entry.recorded else {}
+    trace = estimate.trace
+    return Row(
+        label=entry.name,
+        kind=entry.kind,
+        seconds=seconds,
+        complete=complete,
+        recorded=recorded,
+        estimate=estimate.to_dict(),
+        rays={} if trace is None else {name: np.asarray(value) for name, value in vars(trace).items()},
+    )
+
+
+def _sigma(config: Config, task: Task) -> float:
+    return task.rms if isinstance(config.prior.sigma, str) else float(config.prior.sigma)
+
+
+def _proposal(
+    entry: ProposalConfig,
+    task: Task,
+    prior: Gaussian,
+    diagonal: PyTree | None,
+    dense: Float[Array, "D D"] | None,
+    *,
+    cutoff: float,
+) -> Proposal:
+    if isinstance(entry, IsotropicProposal):
+        return Isotropic()
+    if isinstance(entry, AdamProposal):
+        return adam_proposal(task.opt_state, task.params, prior, damping=entry.damping, exponent=entry.exponent)
+    if isinstance(entry, DiagonalGGNProposal) and entry.damping is not None:
+        damping, exponent = entry.damping, 0.5 if entry.exponent is None else entry.exponent
+        return damped_proposal(diagonal, task.params, damping=damping, exponent=exponent)
+    matrix = diagonal if isinstance(entry, DiagonalGGNProposal) else dense
+    beta = None if isinstance(entry.beta, str) else entry.beta
+    shift = True if entry.shift is None else entry.shift
+    return curvature_proposal(matrix, task.params, prior, beta=beta, shift=shift, cutoff=cutoff)
+
+
+@contextlib.contextmanager
+def _stage(name: str, seconds: dict[str, float], on_progress: OnProgress) -> Iterator[None]:
+    """Time a stage without rays, and report its beginning and its end."""
+    began = time.perf_counter()
+    on_progress(Progress(name, 0, 1, 0.0))
+    yield
+    seconds[name] = time.perf_counter() - began
+    on_progress(Progress(name, 1, 1, seconds[name]))

@@ -1,0 +1,283 @@
+"""Priors over parameters, and what they look like along a ray.
+
+Every prior here is, on the ray θ0 + s·y, the exponential of a quadratic in s up to an exit point; that is all that the
+radial integral needs.
+"""
+
+import math
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key, PyTree
+
+from volumejax import tree
+from volumejax.logmath import log_ball_volume
+
+__all__ = ["Gaussian", "Lebesgue", "Line", "UniformBall", "UniformBox"]
+
+
+class Line(eqx.Module):
+    """log π(θ0 + s·y) = log_density + slope·s − ½ curvature·s² for 0 ≤ s < exit, and −∞ beyond. float64."""
+
+    log_density: Float[Array, ""]
+    slope: Float[Array, ""]
+    curvature: Float[Array, ""]
+    exit: Float[Array, ""]
+
+
+class Gaussian(eqx.Module):
+    """Independent normals, θ ~ N(mean, sigma²).
+
+    Args:
+        sigma: standard deviation, a positive scalar or a pytree like the parameters (scalars or full leaves).
+        mean: centre; None for zero, or a pytree like the parameters (the anchor itself, for instance).
+    """
+
+    sigma: Any
+    mean: Any = None
+    proper: ClassVar[bool] = True
+
+    def __check_init__(self) -> None:
+        _require_positive(self.sigma, "Gaussian sigma")
+
+    def check(self, params: PyTree) -> None:
+        """Raise a ValueError where sigma or mean does not fit the parameters."""
+        tree.broadcast_to(self.sigma, params, "Gaussian sigma")
+        self._centre(params)
+
+    def anchor_term(self, params: PyTree) -> Float[Array, ""]:
+        """Return −½ Σ (θ0−m)²/σ²."""
+        with jax.enable_x64(True):
+            z = self.whiten(self.displacement(params), params)
+            return -0.5 * tree.dot(z, z)
+
+    def log_density(self, params: PyTree) -> Float[Array, ""]:
+        """Return log π(params)."""
+        with jax.enable_x64(True):
+            sigma = tree.broadcast_to(self.sigma, params, "Gaussian sigma")
+            log_scale = jax.tree.map(_sum_log, sigma, params)
+            total = jax.tree.reduce(jnp.add, log_scale, jnp.zeros((), jnp.float64))
+            return self.anchor_term(params) - total - 0.5 * tree.size(params) * math.log(2.0 * math.pi)
+
+    def line(self, params: PyTree, direction: PyTree) -> Line:
+        """Return the prior along params + s·direction."""
+        with jax.enable_x64(True):
+            step = self.whiten(direction, params)
+            here = self.whiten(self.displacement(params), params)
+            return Line(self.log_density(params), -tree.dot(here, step), tree.dot(step, step), _infinity())
+
+    def displacement(self, params: PyTree) -> PyTree:
+        """Return θ0 − m, in float64."""
+        with jax.enable_x64(True):
+            centre = self._centre(params)
+            return jax.tree.map(lambda x, m: _wide(x) - _wide(m), params, centre)
+
+    def whiten(self, vector: PyTree, params: PyTree) -> PyTree:
+        """Return vector / sigma, in float64."""
+        with jax.enable_x64(True):
+            sigma = tree.broadcast_to(self.sigma, params, "Gaussian sigma")
+            return jax.tree.map(lambda x, s: _wide(x) / _wide(s), vector, sigma)
+
+    def precision(self, params: PyTree) -> PyTree:
+        """Return the diagonal of Λ = σ⁻², shaped like the parameters."""
+        sigma = tree.broadcast_to(self.sigma, params, "Gaussian sigma")
+        return jax.tree.map(lambda s, x: jnp.broadcast_to(1.0 / jnp.asarray(s, jnp.float32) ** 2, x.shape), sigma, params)
+
+    def sample(self, key: Key[Array, ""], like: PyTree) -> PyTree:
+        """Draw parameters shaped like `like`."""
+        z = tree.normal_like(key, like)
+        sigma = tree.broadcast_to(self.sigma, like, "Gaussian sigma")
+        centre = self._centre(like)
+        return jax.tree.map(lambda z, s, m, x: (m + s * z).astype(x.dtype), z, sigma, centre, like)
+
+    def _centre(self, params: PyTree) -> PyTree:
+        return tree.broadcast_to(0.0 if self.mean is None else self.mean, params, "Gaussian mean")
+
+
+class UniformBox(eqx.Module):
+    """Uniform between `low` and `high`, each a scalar or a pytree like the parameters."""
+
+    low: Any
+    high: Any
+    proper: ClassVar[bool] = True
+
+    def check(self, params: PyTree) -> None:
+        """Raise a ValueError where the bounds do not fit the parameters, or leave the anchor outside."""
+        low, high = self._bounds(params)
+        for (path, x), a, b in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(low), jax.tree.leaves(high), strict=True
+        ):
+            where = jax.tree_util.keystr(path)
+            if _concrete(a, b) and not np.all(np.asarray(a) < np.asarray(b)):
+                raise ValueError(f"UniformBox low{where} is not below high{where}; swap or widen the bounds")
+            if _concrete(x, a, b) and not np.all((np.asarray(a) <= x) & (x <= np.asarray(b))):
+                raise ValueError(f"the anchor{where} lies outside the UniformBox; widen the bounds or move the anchor")
+
+    def anchor_term(self, params: PyTree) -> Float[Array, ""]:
+        """Return 0: a flat prior has no distance term."""
+        del params
+        return _zero()
+
+    def log_density(self, params: PyTree) -> Float[Array, ""]:
+        """Return minus the log volume of the box inside it, −∞ outside."""
+        with jax.enable_x64(True):
+            low, high = self._bounds(params)
+            terms = jax.tree.map(lambda a, b, x: _sum_log(_wide(b) - _wide(a), x), low, high, params)
+            inside = jax.tree.map(lambda a, b, x: jnp.all((x >= a) & (x <= b)), low, high, params)
+            log_volume = jax.tree.reduce(jnp.add, terms, jnp.zeros((), jnp.float64))
+            return jnp.where(jax.tree.reduce(jnp.logical_and, inside), -log_volume, -jnp.inf)
+
+    def line(self, params: PyTree, direction: PyTree) -> Line:
+        """Return the prior along params + s·direction; it ends at the nearest wall ahead."""
+        with jax.enable_x64(True):
+            low, high = self._bounds(params)
+
+            def leaf_exit(x: Array, y: Array, a: Array, b: Array) -> Array:
+                room = jnp.where(y > 0, _wide(b) - _wide(x), _wide(a) - _wide(x))
+                return jnp.min(jnp.where(y == 0, jnp.inf, room / jnp.where(y == 0, 1.0, _wide(y))), initial=jnp.inf)
+
+            exits = jax.tree.map(leaf_exit, params, direction, low, high)
+            nearest = jax.tree.reduce(jnp.minimum, exits, _infinity())
+            return Line(self.log_density(params), _zero(), _zero(), jnp.maximum(nearest, 0.0))
+
+    def precision(self, params: PyTree) -> PyTree:
+        """Return zeros: a flat prior has no curvature."""
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+
+    def sample(self, key: Key[Array, ""], like: PyTree) -> PyTree:
+        """Draw parameters shaped like `like`."""
+        low, high = self._bounds(like)
+        leaves, treedef = jax.tree.flatten(like)
+        parts = [jax.random.uniform(jax.random.fold_in(key, i), x.shape, jnp.float32) for i, x in enumerate(leaves)]
+        unit = jax.tree.unflatten(treedef, parts)
+        return jax.tree.map(lambda u, a, b, x: (a + (b - a) * u).astype(x.dtype), unit, low, high, like)
+
+    def _bounds(self, params: PyTree) -> tuple[PyTree, PyTree]:
+        low = tree.broadcast_to(self.low, params, "UniformBox low")
+        return low, tree.broadcast_to(self.high, params, "UniformBox high")
+
+
+class UniformBall(eqx.Module):
+    """Uniform in the ball of `radius` around `center` (None for zero, or a pytree like the parameters)."""
+
+    radius: Any
+    center: Any = None
+    proper: ClassVar[bool] = True
+
+    def __check_init__(self) -> None:
+        _require_positive(self.radius, "UniformBall radius")
+
+    def check(self, params: PyTree) -> None:
+        """Raise a ValueError where the centre does not fit the parameters, or the anchor lies outside."""
+        offset = self._offset(params)
+        if _concrete(self.radius, *jax.tree.leaves(offset)) and float(tree.dot(offset, offset)) > float(self.radius) ** 2:
+            raise ValueError("the anchor lies outside the UniformBall; enlarge the radius or move the center")
+
+    def anchor_term(self, params: PyTree) -> Float[Array, ""]:
+        """Return 0: a flat prior has no distance term."""
+        del params
+        return _zero()
+
+    def log_density(self, params: PyTree) -> Float[Array, ""]:
+        """Return minus the log volume of the ball inside it, −∞ outside."""
+        with jax.enable_x64(True):
+            offset = self._offset(params)
+            radius = _wide(self.radius)
+            log_volume = log_ball_volume(tree.size(params), jnp.log(radius))
+            return jnp.where(tree.dot(offset, offset) <= radius**2, -log_volume, -jnp.inf)
+
+    def line(self, params: PyTree, direction: PyTree) -> Line:
+        """Return the prior along params + s·direction; it ends at the sphere."""
+        with jax.enable_x64(True):
+            offset = self._offset(params)
+            a = tree.dot(direction, direction)
+            b = tree.dot(offset, direction)
+            room = jnp.maximum(_wide(self.radius) ** 2 - tree.dot(offset, offset), 0.0)
+            root = jnp.sqrt(b * b + a * room)
+            # The root of a s² + 2 b s = room, in the form that does not cancel.
+            away = b > 0.0
+            leave = jnp.where(away, room / jnp.where(away, b + root, 1.0), (root - b) / a)
+            return Line(self.log_density(params), _zero(), _zero(), leave)
+
+    def precision(self, params: PyTree) -> PyTree:
+        """Return zeros: a flat prior has no curvature."""
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+
+    def sample(self, key: Key[Array, ""], like: PyTree) -> PyTree:
+        """Draw parameters shaped like `like`."""
+        z = tree.normal_like(key, like)
+        u = jax.random.uniform(jax.random.fold_in(key, len(jax.tree.leaves(like))))
+        dimension = tree.size(like)
+        with jax.enable_x64(True):
+            scale = _wide(self.radius) * _wide(u) ** (1.0 / dimension) / jnp.sqrt(tree.dot(z, z))
+        centre = tree.broadcast_to(0.0 if self.center is None else self.center, like, "UniformBall center")
+        centre = jax.tree.map(lambda c, x: jnp.broadcast_to(jnp.asarray(c, x.dtype), x.shape), centre, like)
+        return tree.axpy(scale, z, centre)
+
+    def _offset(self, params: PyTree) -> PyTree:
+        with jax.enable_x64(True):
+            centre = tree.broadcast_to(0.0 if self.center is None else self.center, params, "UniformBall center")
+            return jax.tree.map(lambda x, c: _wide(x) - _wide(c), params, centre)
+
+
+class Lebesgue(eqx.Module):
+    """The flat measure of unit density: the log mass is then a log volume."""
+
+    proper: ClassVar[bool] = False
+
+    def check(self, params: PyTree) -> None:
+        """Accept any parameters."""
+        del params
+
+    def anchor_term(self, params: PyTree) -> Float[Array, ""]:
+        """Return 0."""
+        del params
+        return _zero()
+
+    def log_density(self, params: PyTree) -> Float[Array, ""]:
+        """Return 0."""
+        del params
+        return _zero()
+
+    def line(self, params: PyTree, direction: PyTree) -> Line:
+        """Return the constant density, without an exit."""
+        del params, direction
+        return Line(_zero(), _zero(), _zero(), _infinity())
+
+    def precision(self, params: PyTree) -> PyTree:
+        """Return zeros: a flat prior has no curvature."""
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+
+
+def _wide(x: Any) -> Array:
+    return jnp.asarray(x).astype(jnp.float64)
+
+
+def _zero() -> Array:
+    with jax.enable_x64(True):
+        return jnp.zeros((), jnp.float64)
+
+
+def _infinity() -> Array:
+    with jax.enable_x64(True):
+        return jnp.full((), jnp.inf, jnp.float64)
+
+
+def _sum_log(value: Any, like: Array) -> Array:
+    """Sum log(value), broadcast to the shape of `like`, in float64."""
+    total = jnp.sum(jnp.log(_wide(value)))
+    return total * math.prod(like.shape) if jnp.ndim(value) == 0 else total
+
+
+def _concrete(*values: Any) -> bool:
+    return not any(isinstance(v, jax.core.Tracer) for v in values)
+
+
+def _require_positive(value: Any, name: str) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+        is_number = eqx.is_array_like(leaf)
+        if is_number and _concrete(leaf) and not np.all(np.asarray(leaf) > 0):
+            raise ValueError(f"{name}{jax.tree_util.keystr(path)} must be positive everywhere, got {leaf}")

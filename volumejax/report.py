@@ -1,0 +1,171 @@
+"""A run's figures and its report: one HTML file that needs nothing else."""
+
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+try:
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+except ImportError as error:
+    raise ImportError("reports need the run extra: pip install 'volumejax[run]'") from error
+
+from volumejax import plots
+from volumejax.records import RecordError, Row, Run, write_file
+from volumejax.table import HEADERS, cells, notes, number
+
+REPORT_FILE, FIGURE_FOLDER = "report.html", "figures"
+
+CAPTIONS = {
+    "summary": (
+        "What may be claimed for each proposal: an arrow starts at a certified lower bound, a dot is "
+        "an estimate with its 95 % interval, and the pale bar is the spread of single rays. All rows measure "
+        "the same number, so the further right a proposal reaches, the tighter it is."
+    ),
+    "log_mass": (
+        "Log mass seen along each single ray, one histogram per proposal, each scaled to its own peak. The "
+        "mass is the mean of the weights and not of their logarithms, so the right edge sets it (diamond): "
+        "a wide histogram means that a few lucky rays decide."
+    ),
+    "radius": (
+        "Distance from the trained network to the point where its behaviour has changed by the cutoff, along "
+        "each ray. Rays that reach far carry the volume, but reaching far is not enough: a proposal must also cover "
+        "as many directions as the region does."
+    ),
+}
+
+_ROLES = {
+    plots.INK: "ink",
+    plots.MUTED: "muted",
+    plots.RULE: "rule",
+    plots.PAPER: "paper",
+    plots.OTHER_COLOUR: "other",
+    **{code: kind for kind, code in plots.COLOURS.items()},
+}
+"""Names under which the page sets the figures' colours anew for light and dark."""
+
+
+def publish(directory: Path, run: Run) -> Path:
+    """Draw the figures as PNG and SVG and write the report.
+
+    Args:
+        directory: the run directory.
+        run: at least one row, with its per-ray arrays.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        RecordError: a file cannot be written.
+    """
+    folder = directory / FIGURE_FOLDER
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise RecordError(f"{folder}: cannot be made ({error.strerror or error}); check its permissions") from None
+    drawings = {}
+    for name, figure in plots.figures(run).items():
+        svg = plots.render(figure, "svg")
+        write_file(folder / f"{name}.png", plots.render(figure, "png"))
+        write_file(folder / f"{name}.svg", svg)
+        drawings[name] = svg.decode()
+    path = directory / REPORT_FILE
+    write_file(path, render_report(run, drawings).encode())
+    return path
+
+
+def render_report(run: Run, drawings: dict[str, str]) -> str:
+    """The report as HTML, light or dark as the reader's device prefers.
+
+    Args:
+        run: what to report.
+        drawings: SVG text by figure name.
+
+    Returns:
+        HTML without scripts and without a single external reference.
+    """
+    template = resources.files("volumejax").joinpath("report_template.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    return environment.from_string(template).render(
+        run=run,
+        question=_question(run),
+        headers=HEADERS,
+        rows=[_row(row) for row in run.rows],
+        notes=[_minus(note) for note in notes(run)],
+        figures=[{"svg": inline_svg(svg, name), "caption": CAPTIONS[name]} for name, svg in drawings.items()],
+        facts=_facts(run),
+    )
+
+
+def inline_svg(svg: str, name: str) -> Markup:
+    """Prepare an SVG file for a page: no prolog, no fixed size, ids of its own, colours that follow the page.
+
+    Args:
+        svg: a file written by `plots.render`.
+        name: prefix for its ids, which must be unique on the page.
+
+    Returns:
+        The ``<svg>`` element.
+    """
+    svg = svg[svg.index("<svg") :]
+    # Matplotlib's style sheet would reach every element of the page.
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    head, body = svg.split(">", 1)
+    head = re.sub(r'\s(?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", head)
+    svg = f'{head} stroke-linejoin="round" role="img" aria-label="{name.replace("_", " ")}">{body}'
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(?:xlink:)?href="#', f'href="#{name}-', svg)
+    svg = svg.replace("url(#", f"url(#{name}-")
+    for code, role in _ROLES.items():
+        svg = svg.replace(code, f"var(--{role})")
+    return Markup(svg)
+
+
+def _row(row: Row) -> dict[str, Any]:
+    label, *rest = cells(row)._asdict().items()
+    classes = {"log_mass": "main", "log_mean": "log_mean", "per_ray": "per_ray", "recorded": "paper"}
+    return {
+        "label": label[1],
+        "colour": f"var(--{_ROLES[plots.colour(row)]})",
+        "cells": [(classes.get(name, "brief"), _minus(cell)) for name, cell in rest],
+    }
+
+
+def _question(run: Run) -> str:
+    task = run.task
+    parts = [
+        f"To behave alike is to differ by at most {run.cutoff:g} nats of mean KL divergence from the trained network."
+    ]
+    if "dimension" in task and "sigma" in task:
+        parts.append(
+            f"It has {number(task['dimension'], 0)} parameters, and the prior draws each of them from "
+            f"N(0, σ²) with σ = {float(task['sigma']):.5g}."
+        )
+    if "train_accuracy" in task and "test_accuracy" in task:
+        parts.append(
+            f"It classifies {float(task['train_accuracy']):.1%} of the training set and "
+            f"{float(task['test_accuracy']):.1%} of the test set rightly."
+        )
+    if run.rows:
+        prior = number(run.rows[0].estimate["prior_term"], 1)
+        parts.append(
+            f"Of each log mass below, {prior} nats are due to the network's distance from the prior's mean; "
+            "the rest is volume."
+        )
+    parts.append(
+        "Rays see the star region, all that lies in a straight line of sight from the trained network; "
+        "the full region can only be larger."
+    )
+    return _minus(" ".join(parts))
+
+
+def _facts(run: Run) -> list[tuple[str, Any]]:
+    facts: list[tuple[str, Any]] = [("created", run.created)]
+    facts += [(f"{name} (s)", f"{value:.1f}") for name, value in run.seconds.items()]
+    facts += [(name.replace("_", " "), value) for name, value in run.hardware.items()]
+    return facts + list(run.versions.items())
+
+
+def _minus(text: str) -> str:
+    return re.sub(r"(?<!\w)-(?=\d|inf)", "\N{MINUS SIGN}", text)

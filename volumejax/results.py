@@ -1,0 +1,232 @@
+"""What the estimators return: pytrees of arrays, with summaries for people, loggers and ArviZ."""
+
+import enum
+import importlib
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+__all__ = ["BoundKind", "Kind", "RayBatch", "Status", "VolumeEstimate"]
+
+
+class Status(enum.IntEnum):
+    """How the boundary search ended on one ray."""
+
+    CONVERGED = 0
+    """The crossing is bracketed to within the tolerance."""
+    NOISE_LIMITED = 1
+    """The bracket is as narrow as the cost's own rounding allows, and still wider than the tolerance."""
+    NEVER_CROSSES = 2
+    """The cost stays within the cutoff as far as the prior has mass."""
+    NON_FINITE = 3
+    """The region ends where the cost is NaN or infinite."""
+    NON_MONOTONE = 4
+    """An interior point lay outside the region; the ray was cut back to the first crossing found."""
+    NEVER_INSIDE = 5
+    """The ray has no volume: next to the anchor the cost is above the cutoff, or the prior's support ends."""
+    UNRESOLVED = 6
+    """The evaluation budget ran out first; the last inside point counts."""
+
+
+class Kind(enum.IntEnum):
+    """What may be claimed for `log_mass`."""
+
+    ESTIMATE = 0
+    LOWER_BOUND = 1
+    NOT_MIXED = 2
+    MODEL = 3
+
+
+class BoundKind(enum.IntEnum):
+    """On what `lower` rests."""
+
+    CERTIFIED = 0
+    ASSUMES_EXACT_START = 1
+    NONE = 2
+
+
+class RayBatch(eqx.Module):
+    """One entry per ray; `executed` counts evaluations with those spent while the ray waited for its batch."""
+
+    log_weight: Float[Array, "rays"]
+    """Log importance weight, in nats; −inf for a ray without volume."""
+    radius: Float[Array, "rays"]
+    """Euclidean distance from the anchor to the largest point verified inside; +inf where the ray never crosses."""
+    shortfall: Float[Array, "rays"]
+    """Estimated volume left between that point and the crossing itself, in nats: what makes the weight a lower bound."""
+    status: Int[Array, "rays"]
+    evaluations: Int[Array, "rays"]
+    executed: Int[Array, "rays"]
+    audited: Bool[Array, "rays"]
+    violated: Bool[Array, "rays"]
+    """Audited, and found outside the region before its first claimed crossing."""
+    audit_evaluations: Int[Array, "rays"]
+
+
+class VolumeEstimate(eqx.Module):
+    """A log mass with its uncertainty, its bounds and the evidence for both. All in nats unless said otherwise."""
+
+    log_mass: Float[Array, ""]
+    std_error: Float[Array, ""]
+    """Standard error of `log_mass`, the shortfall of the boundary search included; +inf where the tail diagnostic says
+    that none can be given."""
+    lower: Float[Array, ""]
+    """Certified lower bound at 95 % (see `bound_kind`)."""
+    upper: Float[Array, ""]
+    """What can be proved from above: 0 under a proper prior, +inf otherwise."""
+    kind: Int[Array, ""]
+    bound_kind: Int[Array, ""]
+    hysteresis: Float[Array, "..."]
+    """(cooling, heating) log masses of a chain estimator; NaN where no chain ran."""
+    prior_term: Float[Array, ""]
+    """−½ (θ0−m)ᵀΛ(θ0−m): the part of `log_mass` that the anchor's distance from the prior's mean accounts for."""
+    volume_term: Float[Array, ""]
+    mean_log_weight: Float[Array, ""]
+    std_log_weight: Float[Array, ""]
+    max_log_weight: Float[Array, ""]
+    ess: Float[Array, ""]
+    """Kish effective sample size."""
+    pareto_k: Float[Array, ""]
+    noise: Float[Array, ""]
+    """Effect of the cost's rounding, D/2 times its relative noise at the cutoff; shared by all rays, so not in `std_error`."""
+    scout_evaluations: Int[Array, ""]
+    """Cost evaluations spent on finding scale and noise before the first ray."""
+    num_rays: int = eqx.field(static=True)
+    region: str = eqx.field(static=True)
+    curve: Any = None
+    learning_coefficient: Any = None
+    trace: RayBatch | None = None
+
+    @property
+    def bits(self) -> Array:
+        """Complexity in bits, −log_mass / ln 2."""
+        return -self.log_mass / math.log(2.0)
+
+    @property
+    def log10(self) -> Array:
+        """The base-10 logarithm of the mass."""
+        return self.log_mass / math.log(10.0)
+
+    @property
+    def evaluations(self) -> int:
+        """Cost evaluations of scouts, search and audit together (concrete estimates only)."""
+        rays = 0 if self.trace is None else np.sum(self.trace.evaluations) + np.sum(self.trace.audit_evaluations)
+        return int(self.scout_evaluations) + int(rays)
+
+    @property
+    def violation_rate(self) -> float:
+        """Share of audited rays that left the region before the crossing first claimed; NaN without an audit."""
+        if self.trace is None or not np.any(self.trace.audited):
+            return math.nan
+        return float(np.sum(self.trace.violated) / np.sum(self.trace.audited))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rays by status, those that occur."""
+        if self.trace is None:
+            return {}
+        codes = np.asarray(self.trace.status)
+        return {s.name.lower(): int(np.sum(codes == s)) for s in Status if np.any(codes == s)}
+
+    @property
+    def status(self) -> str:
+        """What a reader must know before quoting the number, with the remedy; concrete estimates only."""
+        return "; ".join(self._remarks()) or "ok"
+
+    def _remarks(self) -> list[str]:
+        remarks = []
+        kind, n = Kind(int(self.kind)), self.num_rays
+        if kind is Kind.LOWER_BOUND:
+            remarks.append(
+                f"a lower bound: a few of {n} rays carry the weight (ESS {float(self.ess):.1f}, "
+                f"k-hat {float(self.pareto_k):.2f}); a proposal closer to the region's shape helps, more rays hardly do"
+            )
+        counts = self.counts
+        if counts.get("never_inside", 0) == n:
+            remarks.append("no ray found volume: the cost exceeds the cutoff next to the anchor; raise the cutoff")
+        if counts.get("noise_limited"):
+            remarks.append(
+                f"{counts['noise_limited']} of {n} radii are limited by the cost's rounding; raise the cutoff or "
+                "compute the cost more accurately"
+            )
+        if counts.get("non_finite"):
+            remarks.append(f"{counts['non_finite']} of {n} rays end where the cost is NaN or infinite (counted as outside)")
+        if counts.get("unresolved"):
+            remarks.append(f"{counts['unresolved']} of {n} rays used up their evaluations; raise max_evaluations")
+        if np.isposinf(self.log_mass):
+            remarks.append("infinite: the region is unbounded under an improper prior; use a proper prior")
+        rate = self.violation_rate
+        if rate > 0:
+            remarks.append(
+                f"{100 * rate:.1f} % of audited rays had left the region before the crossing found; "
+                "audit all of them with audit_fraction=1"
+            )
+        return remarks
+
+    def to_dict(self) -> dict[str, float | int | str]:
+        """Return the scalars, flat, for a logger; concrete estimates only."""
+        numbers = (
+            "log_mass", "std_error", "lower", "upper", "prior_term", "volume_term", "mean_log_weight",
+            "std_log_weight", "max_log_weight", "ess", "pareto_k", "noise", "bits", "log10",
+        )  # fmt: skip
+        flat: dict[str, float | int | str] = {name: float(getattr(self, name)) for name in numbers}
+        flat |= {
+            "kind": Kind(int(self.kind)).name.lower(),
+            "bound_kind": BoundKind(int(self.bound_kind)).name.lower(),
+            "region": self.region,
+            "num_rays": self.num_rays,
+            "evaluations": self.evaluations,
+            "violation_rate": self.violation_rate,
+            "status": self.status,
+        }
+        hysteresis = np.asarray(self.hysteresis, np.float64)
+        if hysteresis.shape == (2,):
+            flat |= {"hysteresis_cooling": float(hysteresis[0]), "hysteresis_heating": float(hysteresis[1])}
+        return flat | {f"rays_{name}": count for name, count in self.counts.items()}
+
+    def summary(self) -> str:
+        """Return the estimate as a few lines of text; concrete estimates only."""
+        log_mass, lower, upper = float(self.log_mass), float(self.lower), float(self.upper)
+        if Kind(int(self.kind)) is Kind.LOWER_BOUND:
+            head = f"log mass ≥ {lower:.2f} nats (95 %), log mean weight {log_mass:.2f}"
+        else:
+            head = f"log mass = {log_mass:.2f} ± {float(self.std_error):.2g} nats, in [{lower:.2f}, {upper:.2f}]"
+        return "\n".join(
+            [
+                f"{head}  [{self.region} region]",
+                f"  prior term {float(self.prior_term):.2f}, volume term {float(self.volume_term):.2f}, "
+                f"{float(self.bits):.1f} bits",
+                f"  {self.num_rays} rays: log weight {float(self.mean_log_weight):.2f} ± "
+                f"{float(self.std_log_weight):.2f}, ESS {float(self.ess):.1f}, k-hat {float(self.pareto_k):.2f}, "
+                f"{self.evaluations} evaluations",
+                f"  status: {self.status}",
+            ]
+        )
+
+    def to_datatree(self) -> Any:
+        """Return the estimate as an `xarray.DataTree`: scalars at the root, per-ray arrays under `/trace`.
+
+        Raises:
+            ImportError: xarray is not installed.
+        """
+        try:
+            xarray = importlib.import_module("xarray")
+        except ImportError as error:
+            raise ImportError("to_datatree needs xarray: pip install 'volumejax[xarray]'") from error
+        flat = self.to_dict()
+        text = {k: v for k, v in flat.items() if isinstance(v, str)}
+        root = xarray.Dataset({k: v for k, v in flat.items() if k not in text}, attrs=text)
+        nodes = {"/": root}
+        if self.trace is not None:
+            arrays = {name: ("rays", np.asarray(value)) for name, value in vars(self.trace).items()}
+            nodes["/trace"] = xarray.Dataset(arrays)
+        return xarray.DataTree.from_dict(nodes)
+
+
+def to_host(tree: Any) -> Any:
+    """Return a result with NumPy leaves: float64 scalars survive outside `enable_x64` only as NumPy arrays."""
+    return jax.tree.map(np.asarray, jax.device_get(tree))

@@ -1,0 +1,124 @@
+"""The text of a run's table: what the terminal and the report both show."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from volumejax.records import Row, Run, Scalar
+
+REMEDIES = {
+    "noise_limited": "the cost's rounding limits the radius: raise the cutoff",
+    "non_finite": "the cost turns NaN or infinite, counted as outside: look at it far from the anchor",
+    "non_monotone": "cut back to an earlier crossing that the audit found",
+    "never_inside": "no volume next to the anchor: raise the cutoff",
+    "unresolved": "evaluations used up: raise the tolerance",
+}
+"""Ray statuses worth a line under the table, with what to do about them."""
+
+
+class Cells(NamedTuple):
+    """One row of the table, as text."""
+
+    proposal: str
+    log_mass: str
+    log_mean: str
+    per_ray: str
+    ess: str
+    pareto_k: str
+    evaluations: str
+    seconds: str
+    recorded: str
+
+
+HEADERS = Cells("proposal", "log mass", "log mean w", "per ray", "ESS", "k-hat", "evals", "s", "paper")
+
+
+def cells(row: Row) -> Cells:
+    """The row as text: nats, evaluations per ray, seconds."""
+    value = row.estimate
+    rays = max(1, int(value["num_rays"]))
+    return Cells(
+        proposal=row.label if row.complete else f"{row.label} (partial, {rays} rays)",
+        log_mass=claim(value),
+        log_mean=number(value["log_mass"], 1),
+        per_ray=plus_minus(value["mean_log_weight"], value["std_log_weight"]),
+        ess=number(value["ess"], 1 if float(value["ess"]) < 10 else 0),
+        pareto_k=number(value["pareto_k"], 2),
+        evaluations=number(float(value["evaluations"]) / rays, 1),
+        seconds=number(row.seconds, 1),
+        recorded=recorded(row),
+    )
+
+
+def claim(estimate: Mapping[str, Scalar]) -> str:
+    """``value ± standard error``, or ``≥ lower`` for a bound; * where nothing certifies it."""
+    if is_bound(estimate):
+        star = "" if estimate["bound_kind"] == "certified" else " *"
+        return f"≥ {round_down(float(estimate['lower']), 1)}{star}"
+    return plus_minus(estimate["log_mass"], estimate["std_error"])
+
+
+def is_bound(estimate: Mapping[str, Scalar]) -> bool:
+    """Whether the result may only be quoted as a lower bound."""
+    return estimate["kind"] != "estimate"
+
+
+def recorded(row: Row) -> str:
+    """The published values, one per line."""
+    lines = []
+    if "mean" in row.recorded:
+        lines.append(plus_minus(row.recorded["mean"], row.recorded.get("sd", math.nan)))
+    if "best" in row.recorded:
+        lines.append(f"best {number(row.recorded['best'], 0)}")
+    return "\n".join(lines)
+
+
+def notes(run: Run) -> list[str]:
+    """What a reader must know before quoting a number, with remedies; one short paragraph each."""
+    bounds = sum(is_bound(row.estimate) for row in run.rows)
+    lines = []
+    if bounds:
+        which = "every row" if bounds == len(run.rows) else f"{bounds} of {len(run.rows)} rows"
+        lines.append(
+            f"≥ ({which}): a certified 95 % lower bound. A few rays carry the weight, so no error bar can be "
+            "given; a proposal closer to the region's shape helps, more rays hardly do."
+        )
+    for status, remedy in REMEDIES.items():
+        counts = [(row.label, int(row.estimate.get(f"rays_{status}", 0))) for row in run.rows]
+        found = [f"{label} {count}" for label, count in counts if count]
+        if found:
+            lines.append(f"{status.replace('_', ' ')} rays ({', '.join(found)}): {remedy}.")
+    rates = [(row.label, float(row.estimate.get("violation_rate", math.nan))) for row in run.rows]
+    violated = [f"{label} {100 * rate:.1f} %" for label, rate in rates if rate > 0]
+    if violated:
+        lines.append(
+            f"* audited rays had left the region before the crossing found ({', '.join(violated)}): others may "
+            "have too, so nothing is certified; audit all of them with audit_fraction: 1."
+        )
+    noise = max((float(row.estimate.get("noise", 0.0)) for row in run.rows), default=0.0)
+    if noise > 0.5:
+        shift = number(noise, 1)
+        lines.append(f"The cost's rounding may shift every log mass by {shift} nats; no error bar includes it.")
+    return lines
+
+
+def number(value: float | int | str, decimals: int) -> str:
+    """A number with thousands separators; inf and nan as words."""
+    value = float(value)
+    return f"{value:,.{decimals}f}" if math.isfinite(value) else str(value)
+
+
+def round_down(value: float, decimals: int) -> str:
+    """A bound is rounded down, never to nearest."""
+    if math.isfinite(value):
+        value = math.floor(value * 10**decimals) / 10**decimals
+    return number(value, decimals)
+
+
+def plus_minus(value: float | int | str, error: float | int | str) -> str:
+    """``value ± error``, both to the error's second significant digit."""
+    value, error = float(value), float(error)
+    if not math.isfinite(error):
+        return number(value, 1)
+    decimals = 2 if error == 0 else min(4, max(0, 1 - math.floor(math.log10(error))))
+    return f"{number(value, decimals)} ± {number(error, decimals)}"

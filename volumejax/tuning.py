@@ -1,0 +1,189 @@
+"""Proposals made from what is known of the anchor: optimizer moments and curvature."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+import scipy.optimize
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree
+
+from volumejax import tree
+from volumejax.optax_moments import second_moments
+from volumejax.proposals import Dense, Diagonal
+
+__all__ = ["adam_proposal", "curvature_proposal", "damped_proposal", "matching_beta"]
+
+
+def adam_proposal(
+    opt_state: Any, params: PyTree, prior: Any, *, damping: float = 1e-3, exponent: float = 0.5, b2: float | None = None
+) -> Diagonal:
+    """Return the paper's Adam proposal, from the second moments in an optax state.
+
+    Args:
+        opt_state: optax state that holds Adam's moments.
+        params: the anchor.
+        prior: checked against the parameters; the paper's form does not depend on it.
+        damping: added to the root of the moments, in their units.
+        exponent: power of the second moment.
+        b2: decay rate of the second moment, for its bias correction; None for optax's default.
+
+    Returns:
+        `damped_proposal` of the bias-corrected second moments.
+
+    Raises:
+        ValueError: the state holds no Adam moments, or they do not match the parameters.
+
+    Reference: Scherlis & Belrose, arXiv 2501.18812, §3.
+    """
+    prior.check(params)
+    return damped_proposal(second_moments(opt_state, params, b2=b2), params, damping=damping, exponent=exponent)
+
+
+def damped_proposal(curvature: PyTree, params: PyTree, *, damping: float, exponent: float = 0.5) -> Diagonal:
+    """Return directions with standard deviations 1/(h^exponent + damping), without a mean: the paper's form.
+
+    Args:
+        curvature: h, non-negative, a pytree like the parameters: second moments or a diagonal of curvature.
+        params: the anchor.
+        damping: positive; bounds the standard deviations by 1/damping.
+        exponent: power of h.
+
+    Raises:
+        ValueError: damping is not positive, or the curvature does not fit the parameters or is negative.
+    """
+    if not damping > 0.0:
+        raise ValueError(f"damping must be positive, got {damping}; it bounds the spread of flat directions")
+    h = _diagonal_curvature(curvature, params)
+    return Diagonal(jax.tree.map(lambda h: 1.0 / (h**exponent + damping), h))
+
+
+def curvature_proposal(
+    curvature: PyTree | Float[Array, "D D"],
+    params: PyTree,
+    prior: Any,
+    *,
+    beta: float | None = None,
+    cutoff: float | None = None,
+    shift: bool = True,
+) -> Diagonal | Dense:
+    r"""Return the Gaussian approximation of the tempered posterior, :math:`\propto \pi(\theta) e^{-\beta C(\theta)}`.
+
+    Directions have :math:`\Sigma^{-1} = \beta H + \Lambda` and :math:`\mu = -\Sigma \Lambda (\theta_0 - m)`, with Λ and m the
+    prior's precision and mean.
+
+    Args:
+        curvature: H, the Hessian (or GGN) of the cost at the anchor: a pytree like the parameters for its diagonal, or
+            a D × D array in the order of `ravel_pytree`.
+        params: the anchor.
+        prior: supplies Λ and m; flat priors have Λ = 0, and then H must be positive definite.
+        beta: inverse temperature, the literature's nβ; None takes `matching_beta` of the cutoff.
+        cutoff: ε in nats, needed where beta is None.
+        shift: whether to use the mean μ; it matters at large cutoffs and can hurt at small ones.
+
+    Returns:
+        `Diagonal` or `Dense`.
+
+    Raises:
+        ValueError: shapes that do not fit, or a precision that is not positive definite.
+    """
+    prior.check(params)
+    dense = _is_dense(curvature, params)
+    h = np.asarray(curvature, np.float64) if dense else _ravel64(_diagonal_curvature(curvature, params))
+    precision = _ravel64(prior.precision(params))
+    pull = _ravel64(prior.displacement(params)) if hasattr(prior, "displacement") else np.zeros_like(precision)
+    if beta is None:
+        if cutoff is None:
+            raise ValueError("curvature_proposal needs either beta or cutoff; pass the cutoff of the volume to be estimated")
+        beta = matching_beta(h, precision, cutoff)
+    unravel = ravel_pytree(jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), jnp.float32), params))[1]
+    if dense:
+        matrix = beta * h
+        matrix[np.diag_indices_from(matrix)] += precision
+        factor = _inverse_cholesky(matrix)
+        mean = -factor @ (factor.T @ (precision * pull)) if shift and np.any(precision * pull) else None
+        return Dense(jnp.asarray(factor, jnp.float32), None if mean is None else unravel(jnp.asarray(mean, jnp.float32)))
+    total = beta * h + precision
+    if not np.all(total > 0.0):
+        raise ValueError(
+            "curvature_proposal: beta·H + Λ has entries that are not positive; raise beta or use a proper prior"
+        )
+    mean = -precision * pull / total
+    return Diagonal(
+        unravel(jnp.asarray(1.0 / np.sqrt(total), jnp.float32)),
+        unravel(jnp.asarray(mean, jnp.float32)) if shift and np.any(mean) else None,
+    )
+
+
+def matching_beta(curvature: Float[np.ndarray, "D"] | Float[np.ndarray, "D D"], precision: np.ndarray, cutoff: float) -> float:
+    r"""Return the β whose tempered posterior is closest to the region {C ≤ ε} of the quadratic model.
+
+    It solves :math:`\tfrac12 \mathrm{tr}\, H(\beta H + \Lambda)^{-1} + 1/\beta = \epsilon`, the saddle point of
+    :math:`\mathrm{mass}(\epsilon) = \int Z(\beta) e^{\beta\epsilon}\, d\beta / 2\pi i\beta`. The term 1/β stands for the hard
+    edge: for a flat prior β = (D+2)/2ε, whose Gaussian has the covariance of the ellipsoid itself.
+
+    Args:
+        curvature: H, diagonal or dense.
+        precision: diagonal of Λ.
+        cutoff: ε in nats.
+    """
+    if not cutoff > 0.0:
+        raise ValueError(f"cutoff must be a positive number of nats, got {cutoff}")
+    if curvature.ndim == 2:
+        # A flat prior leaves the eigenvalues of H as they are.
+        root = 1.0 / np.sqrt(np.where(precision > 0.0, precision, 1.0))
+        h, precision = np.linalg.eigvalsh(curvature * root * root[:, None]), (precision > 0.0).astype(np.float64)
+    else:
+        h = curvature
+    keep = h > 1e-12 * h.max(initial=0.0)
+    h, precision = h[keep], precision[keep]
+
+    def excess(log_beta: float) -> float:
+        beta = np.exp(log_beta)
+        return float(np.log(0.5 * np.sum(h / (beta * h + precision)) + 1.0 / beta) - np.log(cutoff))
+
+    # The left-hand side lies between 1/β and (rank + 2)/2β.
+    low, high = -float(np.log(cutoff)), float(np.log((0.5 * h.size + 1.0) / cutoff))
+    return float(np.exp(scipy.optimize.brentq(excess, low - 1e-6, high + 1e-6)))
+
+
+def _is_dense(curvature: Any, params: PyTree) -> bool:
+    dimension = tree.size(params)
+    return dimension > 1 and jnp.shape(curvature) == (dimension, dimension) if _is_array(curvature) else False
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, jax.Array | np.ndarray)
+
+
+def _diagonal_curvature(curvature: PyTree, params: PyTree) -> PyTree:
+    """Return the diagonal as full float32 leaves, once it is known to fit and to be non-negative."""
+    parts = tree.broadcast_to(curvature, params, "curvature")
+    full = jax.tree.map(lambda h, x: jnp.broadcast_to(jnp.asarray(h, jnp.float32), jnp.shape(x)), parts, params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(full):
+        if not bool(jnp.all(leaf >= 0.0)):
+            raise ValueError(
+                f"curvature{jax.tree_util.keystr(path)} has negative or NaN entries; take the GGN, or absolute values"
+            )
+    return full
+
+
+def _ravel64(values: PyTree) -> Float[np.ndarray, "D"]:
+    return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(values)])
+
+
+def _inverse_cholesky(precision: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D D"]:
+    """Return the lower triangular L with L Lᵀ = precision⁻¹, without forming the inverse."""
+    # Reversing the order of the axes turns the lower factor R of the reversed matrix into an upper one, P = U Uᵀ, and
+    # U⁻ᵀ is lower triangular.
+    try:
+        reversed_factor = scipy.linalg.cholesky(precision[::-1, ::-1], lower=True, check_finite=False)
+    except np.linalg.LinAlgError as error:
+        raise ValueError(
+            "curvature_proposal: beta·H + Λ is not positive definite; raise beta, symmetrise H, or use a proper prior"
+        ) from error
+    upper = reversed_factor[::-1, ::-1]
+    identity = np.eye(upper.shape[0])
+    return scipy.linalg.solve_triangular(upper.T, identity, lower=True, check_finite=False, overwrite_b=True)

@@ -1,0 +1,76 @@
+"""Checks of a question before any long work: the anchor, the cost, the prior and the cutoff must fit each other."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PyTree
+
+from volumejax import tree
+
+__all__ = ["check_question", "is_traced"]
+
+
+def is_traced(value: Any) -> bool:
+    """Return whether any leaf of `value` is an abstract value inside a JAX transformation."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
+
+
+def check_question(
+    cost: Callable[[PyTree], Float[Array, ""]], params: PyTree, prior: Any, cutoff: ArrayLike
+) -> PyTree:
+    """Return `params` as JAX arrays, once the question is known to make sense.
+
+    Shapes and dtypes are always checked; values only where they are concrete.
+
+    Raises:
+        ValueError: naming the thing and the remedy.
+    """
+    tree.check_floating(params, "params")
+    params = jax.tree.map(jnp.asarray, params)
+    _check_finite(params)
+    prior.check(params)
+    if jnp.ndim(cutoff) != 0:
+        raise ValueError(f"cutoff must be a scalar, got shape {jnp.shape(cutoff)}; vmap over cutoffs instead")
+    if not is_traced(cutoff) and not (float(cutoff) > 0.0 and np.isfinite(float(cutoff))):
+        raise ValueError(f"cutoff must be a positive, finite number of nats, got {cutoff}")
+    _check_scalar(cost, params)
+    if not is_traced((cost, params, cutoff)):
+        _check_anchor(cost, params, float(cutoff))
+    return params
+
+
+def _check_finite(params: PyTree) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not is_traced(leaf) and not bool(jnp.all(jnp.isfinite(leaf))):
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)} contains NaN or infinity; use a checkpoint from before training diverged"
+            )
+
+
+def _check_scalar(cost: Callable[[PyTree], Any], params: PyTree) -> None:
+    out = eqx.filter_eval_shape(cost, params)
+    if not (eqx.is_array(out) or isinstance(out, jax.ShapeDtypeStruct)):
+        raise ValueError(f"cost must return one scalar in nats, got {type(out).__name__}; drop auxiliary outputs")
+    if out.shape != ():
+        raise ValueError(f"cost must return one scalar in nats, got shape {out.shape}; take the mean over examples")
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        raise ValueError(f"cost must return a floating-point scalar, got dtype {out.dtype}; cast it to float32")
+
+
+def _check_anchor(cost: Callable[[PyTree], Array], params: PyTree, cutoff: float) -> None:
+    here = float(_evaluate(cost, params))
+    if not here <= cutoff:
+        raise ValueError(
+            f"the cost at the anchor is {here:.6g} nats, not within the cutoff {cutoff:g}; raise the cutoff, or use a cost "
+            "that is 0 at the anchor such as kl_to_anchor or loss_gap"
+        )
+
+
+@eqx.filter_jit
+def _evaluate(cost: Callable[[PyTree], Array], params: PyTree) -> Array:
+    return cost(params)
