@@ -1,8 +1,13 @@
 """Test-wide settings: run-time checks of shapes, no implicit rank promotion, hypothesis without deadlines."""
 
-import hypothesis
-import jax
-import jaxtyping
+import os
+
+# Most of the tests' time is compilation, of programs that then run for milliseconds: optimise them less.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+
+import hypothesis  # noqa: E402 - XLA reads its flags once, when JAX starts
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 
 jaxtyping.install_import_hook("volumejax", "beartype.beartype")
 

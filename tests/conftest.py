@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from volumejax.records import Row, Run
-from volumejax.results import BoundKind, Kind, RayBatch, VolumeEstimate, to_host
+from volumejax.results import BoundKind, Kind, RayBatch, VolumeEstimate
 
 
 def _fill(cls, default, **values):
@@ -52,7 +52,7 @@ def make_estimate():
             "pareto_k": 0.31 if settled else np.inf,
             **fields,
         }
-        estimate = _fill(
+        return _fill(
             VolumeEstimate,
             jnp.zeros(()),
             **{name: jnp.asarray(value, jnp.float32) for name, value in values.items()},
@@ -64,7 +64,6 @@ def make_estimate():
             region="star",
             trace=trace,
         )
-        return to_host(estimate)
 
     return make
 

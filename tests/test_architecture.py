@@ -15,7 +15,7 @@ LAYERS = [
     ["exact", "results", "parallel", "diagnostics"],
     ["priors", "regions", "behaviours", "curvature", "validation"],
     ["reference", "proposals", "optax_moments", "boundary"],
-    ["scout", "tuning"],
+    ["casting", "tuning"],
     ["rays"],
     ["__init__"],
     ["models.mlp"],

@@ -45,7 +45,7 @@ def test_the_command_fails_if_one_case_fails(texts, code, monkeypatch, capsys):
     assert main(["check"]) == code
     printed = capsys.readouterr()
     assert "ball" in printed.out and "-10.000" in printed.out
-    assert ("All 2 agree" in printed.out) == (code == 0)
+    assert ("All 2 hold" in printed.out) == (code == 0)
     assert ("1 of 2 failed" in printed.out) == (code == 1)
 
 

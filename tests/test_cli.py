@@ -57,7 +57,9 @@ def fake_rays(monkeypatch, make_row):
         def run_experiment(*_):
             config = asked[-1]
             for entry, count in zip(config.proposals, counts, strict=False):
-                yield make_row(entry.name, entry.kind, -9.0 - np.arange(count), complete=count >= config.num_rays)
+                recorded = entry.recorded and entry.recorded.model_dump(exclude_none=True)
+                complete = count >= config.num_rays
+                yield make_row(entry.name, entry.kind, -9.0 - np.arange(count), complete=complete, recorded=recorded)
             if error is not None:
                 raise error
 
@@ -152,6 +154,21 @@ def test_a_refusal_by_the_library_is_one_line(config, fake_rays, capsys):
     assert main(["run", config]) == 2
     printed = capsys.readouterr()
     assert printed.err.splitlines()[-1] == f"volumejax: {config}: the anchor holds NaN; retrain it"
+    assert list(Path("runs").iterdir()) == []
+
+
+def test_a_full_disk_is_one_line_naming_the_file(config, fake_rays, monkeypatch, capsys):
+    fake_rays(100, 100)
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert main(["run", config]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("volumejax: runs/tiny-001/config.yaml: cannot be written (No space left on device)")
+
+
+def test_a_package_missing_at_run_time_leaves_nothing(config, fake_rays, capsys):
+    fake_rays(error=ImportError("scikit-learn is missing: pip install 'volumejax[run]'"))
+    assert main(["run", config]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("pip install 'volumejax[run]'")
     assert list(Path("runs").iterdir()) == []
 
 

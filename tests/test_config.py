@@ -1,3 +1,4 @@
+import io
 import re
 from pathlib import Path
 
@@ -104,15 +105,13 @@ def test_a_mistake_is_one_line_with_its_remedy(mistake, tmp_path, monkeypatch, c
         (b"3\n", "expected `key: value` lines at the top, got 3"),
         (b"\xff\xfe\x00a", "is not UTF-8 text; save it as UTF-8"),
         (b"\x07", "not valid YAML:"),
-        (b"[" * 5000, "expected"),
+        (b"[" * 5000, "is nested too deeply; flatten it"),
         (b"name: " + b"1" * 5000, "not valid YAML:"),
     ],
 )
 def test_a_file_that_holds_no_mapping(content, message, tmp_path, capsys):
     path = tmp_path / "experiment.yaml"
     path.write_bytes(content)
-    if content.startswith(b"["):
-        message = "nested too deeply"
     assert message in complain(capsys, path)
 
 
@@ -178,8 +177,6 @@ VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.di
 @given(st.dictionaries(KEYS, VALUES, max_size=6), st.booleans())
 def test_any_mapping_parses_or_is_refused_in_one_line(extra, keep):
     base = YAML(typ="safe", pure=True).load(GOOD) if keep else {}
-    import io
-
     stream = io.StringIO()
     YAML(typ="safe", pure=True).dump({**base, **extra}, stream)
     _parses_or_is_refused(stream.getvalue())

@@ -8,7 +8,7 @@ import pytest
 from volumejax import experiment
 from volumejax.behaviours import kl_to_anchor
 from volumejax.config import parse_config
-from volumejax.proposals import Dense, Diagonal, Isotropic
+from volumejax.proposals import Dense, Diagonal
 from volumejax.tasks.digits import Task
 
 CONFIG = """\
@@ -89,7 +89,7 @@ def test_rows_follow_the_configuration(tiny_task, fake_stream):
     assert all(row.complete and row.estimate["num_rays"] == 40 for row in rows)
     assert rows[0].recorded == {"best": -3.5} and rows[1].recorded == {}
     np.testing.assert_array_equal(rows[0].rays["log_weight"], -1.0 - np.arange(40))
-    assert [type(proposal) for proposal in setting.proposals] == [Isotropic, Diagonal, Diagonal, Dense, Dense]
+    assert [type(proposal) for proposal in setting.proposals] == [Diagonal, Diagonal, Diagonal, Dense, Dense]
     assert setting.facts()["sigma"] == 0.5 and setting.facts()["dimension"] == 6
     for call, proposal in zip(calls, setting.proposals, strict=True):
         assert call["cutoff"] == 0.01 and call["tolerance"] == 0.1 and call["audit_fraction"] == 0.05
@@ -104,9 +104,11 @@ def test_damped_form_and_shift(tiny_task, fake_stream):
     fake_stream()
     setting, _, _ = run(parse_config(CONFIG))
     diagonal = experiment.curvature.diagonal_ggn(linear, tiny_task.params, tiny_task.inputs)
+    np.testing.assert_array_equal(setting.proposals[0].scale["w"], 1.0)
     np.testing.assert_allclose(setting.proposals[1].scale["w"], 1 / (np.sqrt(diagonal["w"]) + 0.01), rtol=1e-5)
     assert setting.proposals[2].mean is not None and setting.proposals[3].mean is not None
-    assert setting.proposals[1].mean is None and setting.proposals[4].mean is None
+    assert setting.proposals[1].mean is None
+    assert not np.any(setting.proposals[4].mean["w"])
 
 
 def test_curvature_is_computed_only_where_needed(tiny_task, fake_stream, monkeypatch):

@@ -33,7 +33,7 @@ def colours(image):
 def test_figures_show_every_row_in_its_colour(name, example_run):
     figure = plots.figures(example_run)[name]
     image = pixels(figure)
-    assert image.shape[0] > 400 and image.shape[1] > 1000
+    assert image.shape[0] > 400 and image.shape[1] > 900
     assert {plots.COLOURS["isotropic"], plots.COLOURS["adam"], plots.COLOURS["dense_ggn"]} <= colours(image)
     shown = words(figure)
     for row in example_run.rows:

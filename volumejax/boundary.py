@@ -77,7 +77,7 @@ class _Rules(eqx.Module):
     floor: Array
     total: Array
     """Log volume of the whole ray."""
-    leap: bool = eqx.field(static=True)
+    leap: Array
 
 
 def open_bracket() -> Bracket:
@@ -99,7 +99,7 @@ def first_crossing(
     noise: ArrayLike = 0.0,
     limit: ArrayLike = jnp.inf,
     floor: ArrayLike = 0.0,
-    leap: bool = False,
+    leap: ArrayLike = False,
     max_evaluations: int = 100,
     bracket: Bracket | None = None,
 ) -> Crossing:
@@ -122,14 +122,14 @@ def first_crossing(
         leap: whether steps may be longer while the cost is below a thousandth of the cutoff, where it is taken for
             quadratic: for a start that is no guess of the crossing.
         max_evaluations: budget; when spent, the last inside point counts.
-        bracket: what is known already, to resume.
+        bracket: what is known already, to resume; without width it ends the search at once.
 
     Returns:
         The bracket, its volume, `Status`, number of evaluations and local power; float64.
     """
     with jax.enable_x64(True):
         values = (jnp.asarray(x).astype(jnp.float64) for x in (cutoff, tolerance, power, noise, limit, floor, total))
-        rules = _Rules(*values, leap=leap)
+        rules = _Rules(*values, leap=jnp.asarray(leap))
         known = open_bracket() if bracket is None else bracket
         begin = _Search(
             bracket=known,
@@ -154,7 +154,9 @@ def first_crossing(
 
         if bracket is not None:
             volumes, slopes = log_volume(jnp.stack([known.inside, known.outside]))
-            begin = advance(eqx.tree_at(lambda s: (s.volumes, s.slope), begin, (volumes, slopes[1])))
+            ready = advance(eqx.tree_at(lambda s: (s.volumes, s.slope), begin, (volumes, slopes[1])))
+            fresh = (known.inside == 0.0) & jnp.isinf(known.outside)
+            begin = jax.tree.map(lambda a, b: jnp.where(fresh, a, b), begin, ready)
         end = jax.lax.while_loop(lambda s: ~s.done & (s.evaluations < max_evaluations), body, begin)
 
         unbounded = ~end.done & jnp.isinf(end.bracket.outside) & (end.bracket.inside > 0.0)
@@ -214,7 +216,8 @@ def _judge(search: _Search, rules: _Rules) -> _Search:
     # Two evaluations differ by √2 times the noise of one; about that much says nothing more about the crossing.
     blurred = closed & ((rise <= 2.0 * rules.noise) | (high <= low * (1.0 + 2.0**-50)))
     narrow = closed & (nats <= rules.tolerance)
-    loud = rules.noise >= 0.25 * rules.cutoff
+    # The crossing itself is only known to within the noise: in volume, slope·noise/(ε·power) nats.
+    loud = rules.noise >= rules.cutoff * jnp.minimum(0.25, rules.tolerance * rules.power / jnp.maximum(search.slope, 1.0))
     opaque = jnp.isposinf(search.bracket.log_ratio_outside)
     end_of_prior = jnp.isinf(high) & (low > 0.0) & ((low >= rules.limit) | (nats <= _TAIL))
     vanished = (low == 0.0) & (high <= jnp.maximum(rules.floor, 1e-280))
@@ -262,19 +265,20 @@ def _propose(search: _Search, rules: _Rules) -> Array:
 
     # Only inside points so far: outwards, by at most GROWTH.
     most = jnp.full((), math.log(GROWTH), jnp.float64)
-    if rules.leap:
-        ratio = bracket.log_ratio_inside
-        leap = jnp.where(jnp.isfinite(ratio), jnp.clip(0.5 * (math.log(1e-2) - ratio), most, math.log(100.0)), math.log(10.0))
-        most = jnp.where(ratio < math.log(1e-3), leap, most)
+    ratio = bracket.log_ratio_inside
+    leap = jnp.where(jnp.isfinite(ratio), jnp.clip(0.5 * (math.log(1e-2) - ratio), most, math.log(100.0)), math.log(10.0))
+    most = jnp.where(rules.leap & (ratio < math.log(1e-3)), leap, most)
     ahead = jnp.where(jnp.isfinite(root), jnp.clip(root - x_low, jnp.minimum(step, most), most), most)
 
     # Only outside points so far: inwards, ever faster, since the crossing may be at 0.
-    hasten = -math.log(2.0) * (search.shrinks + 1)
-    behind = jnp.where(jnp.isfinite(root), jnp.minimum(aim - x_high, -step), hasten)
+    hasten = -math.log(2.0) * jnp.exp2(search.shrinks.astype(jnp.float64))
+    behind = jnp.where(jnp.isfinite(root), jnp.minimum(aim - x_high, -0.003 * step), hasten)
     behind = jnp.where(search.shrinks > 2, jnp.minimum(behind, hasten), behind)
 
     outwards = jnp.where(jnp.isinf(bracket.outside), x_low + ahead, between)
-    return jnp.minimum(jnp.exp(jnp.where(bracket.inside == 0.0, x_high + behind, outwards)), rules.limit)
+    trial = jnp.exp(jnp.where(bracket.inside == 0.0, x_high + behind, outwards))
+    # Below the floor a step would leave the parameters as they are, and look inside.
+    return jnp.clip(trial, jnp.minimum(rules.floor, bracket.outside), rules.limit)
 
 
 def _interpolate(points: Float[Array, "2 3"], power: Array) -> Array:

@@ -1,6 +1,8 @@
 """The ``volumejax`` command: run an experiment, redraw a run, check the installation."""
 
 import argparse
+import contextlib
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +26,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 1 if a check failed, 2 after a mistake (one line on stderr), 130 after Ctrl-C.
     """
+    code = _main(argv)
+    if code == INTERRUPTED and argv is None:
+        # Ctrl-C may have struck inside a compilation, and then JAX crashes while the interpreter shuts down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         from volumejax.config_errors import ConfigError
@@ -108,11 +120,15 @@ def _run(arguments: argparse.Namespace) -> int:
                 records.write_run(directory, run)
     except KeyboardInterrupt:
         pass
+    except records.RecordError:
+        raise
     except ValueError as error:
-        _discard_if_empty(directory)
         return _complain(f"{arguments.config}: {error}")
+    finally:
+        # Goes away only if nothing was written.
+        with contextlib.suppress(OSError):
+            directory.rmdir()
     if not run.rows:
-        _discard_if_empty(directory)
         _complain("interrupted before the first rays; nothing to keep")
         return INTERRUPTED
 
@@ -150,9 +166,9 @@ def _check(arguments: argparse.Namespace) -> int:
     out.print(terminal.check_table(rows))
     failed = [row for row in rows if not row.passed]
     if failed:
-        out.print(f"{len(failed)} of {len(rows)} failed: the numbers of this installation cannot be trusted.")
+        out.print(f"{len(failed)} of {len(rows)} failed: do not trust the numbers of this installation.")
         return FAILED
-    out.print(f"All {len(rows)} agree with the exact values.")
+    out.print(f"All {len(rows)} hold: the estimates agree with the exact values, the bounds lie below them.")
     return OK
 
 
@@ -169,11 +185,6 @@ def _show(run: "Run", path: Path) -> None:
     for note in table.notes(run):
         out.print(note)
     out.print(f"report: {path}", soft_wrap=True)
-
-
-def _discard_if_empty(directory: Path) -> None:
-    if not any(directory.iterdir()):
-        directory.rmdir()
 
 
 def _complain(message: str) -> int:

@@ -160,7 +160,12 @@ def _line_number(text: str, path: Sequence[Any]) -> int | None:
 
 
 def as_number(text: str) -> float | None:
-    """The number that the text spells, if it does."""
+    """The number that the text spells, if it does.
+
+    Example:
+        >>> as_number("1e-2"), as_number("rms")
+        (0.01, None)
+    """
     try:
         return float(text)
     except ValueError:
@@ -195,7 +200,12 @@ def _plain(key: Any) -> str:
 
 
 def one_line(source: str | Path, message: str, number: int | None = None) -> str:
-    """The place, then the message, with every line break taken out."""
+    """The place, then the message, with every line break taken out.
+
+    Example:
+        >>> one_line("tiny.yaml", "is empty;   write something", 3)
+        'tiny.yaml:3: is empty; write something'
+    """
     name = str(source) if str(source).isprintable() else repr(str(source))
     place = f"{name}:{number}" if number else name
     return " ".join(f"{place}: {message}".split())

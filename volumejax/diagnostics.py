@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 __all__ = ["certified_lower", "effective_sample_size", "log_mean_error", "pareto_k", "pareto_k_limit"]
@@ -41,7 +42,7 @@ def pareto_k_limit(num_rays: int) -> float:
     return min(0.7, 1.0 - 1.0 / math.log10(num_rays)) if num_rays > 1 else -math.inf
 
 
-def pareto_k(log_weights: Float[Array | np.ndarray, "rays"]) -> Float[Array, ""]:
+def pareto_k(log_weights: Float[Array | np.ndarray, "rays"], resolution: ArrayLike = 0.0) -> Float[Array, ""]:
     """Return k-hat, the shape of a generalised Pareto distribution fitted to the largest weights.
 
     The fit is the empirical Bayes estimate of Zhang & Stephens (Technometrics 2009) to the min(n/5, 3√n) largest weights,
@@ -49,6 +50,7 @@ def pareto_k(log_weights: Float[Array | np.ndarray, "rays"]) -> Float[Array, ""]
 
     Args:
         log_weights: log importance weights, in nats.
+        resolution: how well each of them is known, in nats; a smaller range counts as equal weights.
 
     Returns:
         k-hat: −inf for equal weights; +inf where nothing can be fitted (fewer than 25 weights, a NaN or +inf
@@ -63,8 +65,8 @@ def pareto_k(log_weights: Float[Array | np.ndarray, "rays"]) -> Float[Array, ""]
         w = jnp.sort(_relative(x))
         threshold = w[n - tail - 1]
         excess = w[n - tail :] - threshold
-        spread = w[n - 1] - w[0]
-        equal = spread <= 64.0 * jnp.finfo(jnp.float64).eps
+        spread = jnp.max(x) - jnp.min(x)
+        equal = spread <= jnp.maximum(resolution, 64.0 * jnp.finfo(jnp.float64).eps)
         top = jnp.max(x)
         fits = jnp.isfinite(top) & (threshold > jnp.finfo(jnp.float64).tiny) & (excess[-1] > 0.0)
         k = _fit_shape(jnp.where(fits, excess, jnp.arange(1.0, tail + 1.0)))

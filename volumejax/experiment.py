@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
@@ -18,14 +19,14 @@ from volumejax.config import (
     IsotropicProposal,
 )
 from volumejax.priors import Gaussian
-from volumejax.proposals import Dense, Diagonal, Isotropic
+from volumejax.proposals import Dense, Diagonal
 from volumejax.rays import ray_stream
 from volumejax.records import Row
 from volumejax.results import VolumeEstimate
 from volumejax.tasks.digits import Task, digits_task
 from volumejax.tuning import adam_proposal, curvature_proposal, damped_proposal
 
-Proposal = Isotropic | Diagonal | Dense
+Proposal = Diagonal | Dense
 ProposalConfig = IsotropicProposal | AdamProposal | DiagonalGGNProposal | DenseGGNProposal
 
 
@@ -147,20 +148,20 @@ def run_experiment(setting: Setting, on_progress: OnProgress) -> Iterator[Row]:
                 on_progress(Progress(entry.name, estimate.num_rays, config.num_rays, seconds, estimate))
         except KeyboardInterrupt:
             if estimate is not None:
-                yield _row(entry, estimate, time.perf_counter() - began, complete=False)
+                yield _row(entry, estimate, time.perf_counter() - began, config.num_rays)
             return
         if estimate is not None:
-            yield _row(entry, estimate, time.perf_counter() - began, complete=True)
+            yield _row(entry, estimate, time.perf_counter() - began, config.num_rays)
 
 
-def _row(entry: ProposalConfig, estimate: VolumeEstimate, seconds: float, *, complete: bool) -> Row:
+def _row(entry: ProposalConfig, estimate: VolumeEstimate, seconds: float, wanted: int) -> Row:
     recorded = entry.recorded.model_dump(exclude_none=True) if entry.recorded else {}
     trace = estimate.trace
     return Row(
         label=entry.name,
         kind=entry.kind,
         seconds=seconds,
-        complete=complete,
+        complete=estimate.num_rays >= wanted,
         recorded=recorded,
         estimate=estimate.to_dict(),
         rays={} if trace is None else {name: np.asarray(value) for name, value in vars(trace).items()},
@@ -181,7 +182,8 @@ def _proposal(
     cutoff: float,
 ) -> Proposal:
     if isinstance(entry, IsotropicProposal):
-        return Isotropic()
+        # Unit scales are the isotropic proposal, and run in the program that the diagonal ones compile anyway.
+        return Diagonal(jax.tree.map(jnp.ones_like, task.params))
     if isinstance(entry, AdamProposal):
         return adam_proposal(task.opt_state, task.params, prior, damping=entry.damping, exponent=entry.exponent)
     if isinstance(entry, DiagonalGGNProposal) and entry.damping is not None:
@@ -190,7 +192,11 @@ def _proposal(
     matrix = diagonal if isinstance(entry, DiagonalGGNProposal) else dense
     beta = None if isinstance(entry.beta, str) else entry.beta
     shift = True if entry.shift is None else entry.shift
-    return curvature_proposal(matrix, task.params, prior, beta=beta, shift=shift, cutoff=cutoff)
+    made = curvature_proposal(matrix, task.params, prior, beta=beta, shift=shift, cutoff=cutoff)
+    if isinstance(made, Dense) and made.mean is None:
+        # A zero mean changes nothing, and one program then serves the rows with and without a shift.
+        return Dense(made.cholesky, jax.tree.map(jnp.zeros_like, task.params))
+    return made
 
 
 @contextlib.contextmanager

@@ -1,70 +1,45 @@
-"""One map over indices: chunked, vmapped, and spread over devices. The same keys give the same rays however it is cut."""
+"""How work is cut: into chunks of lanes that run as one vmapped program, over the devices of a mesh."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key
 
-__all__ = ["default_batch_size", "executed", "map_keys", "require_threefry"]
+__all__ = ["ABSENT", "cut", "default_batch_size", "num_devices", "require_threefry", "spread"]
 
 RAYS_AXIS = "rays"
+ABSENT = np.iinfo(np.int32).max
+"""Index of a lane without a ray: out of range everywhere, so that what it computes is dropped."""
 
 
-def map_keys(
-    function: Callable[..., Any],
-    key: Key[Array, ""],
-    indices: Int[Array, "rays"],
-    *arguments: Any,
-    batch_size: int,
-    mesh: Mesh | None = None,
-) -> Any:
-    """Return `function(fold_in(key, i), *argument[i])` for every index i, stacked.
+def cut(indices: Int[np.ndarray, "rays"], lanes: int) -> Int[np.ndarray, "chunks lanes"]:
+    """Return the indices in rows of `lanes`, the last one filled up with `ABSENT`."""
+    chunks = -(-len(indices) // lanes)
+    padded = np.pad(indices.astype(np.int32), (0, chunks * lanes - len(indices)), constant_values=ABSENT)
+    return padded.reshape(chunks, lanes)
 
-    Args:
-        function: maps a key, and one slice of each argument, to a pytree of arrays.
-        key: threefry key.
-        indices: global indices; they alone decide the keys.
-        arguments: pytrees with a leading axis as long as `indices`.
-        batch_size: how many run in one vmapped program.
-        mesh: spread the indices over its axis `rays`; None keeps them on one device.
 
-    Returns:
-        The results, with a leading axis as long as `indices`.
-    """
-
-    def one(packed: tuple) -> Any:
-        index, rest = packed
-        return function(jax.random.fold_in(key, index), *rest)
-
-    def chunked(indices: Array, arguments: tuple) -> Any:
-        count = indices.shape[0]
-        return jax.lax.map(one, (indices, arguments), batch_size=min(batch_size, count))
-
+def spread(lanes: Int[Array, "lanes"], mesh: Mesh | None) -> Int[Array, "lanes"]:
+    """Divide lanes among the devices along the mesh's axis `rays`; without a mesh they stay where they are."""
     if mesh is None:
-        return chunked(indices, arguments)
-    devices, count = mesh.shape[RAYS_AXIS], indices.shape[0]
-    missing = -count % devices
-    # The last ones are repeated so that every device gets as many, and dropped again.
-    padded = jax.tree.map(lambda x: jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)]), (indices, arguments))
-    spec = PartitionSpec(RAYS_AXIS)
-    spread = jax.shard_map(chunked, mesh=mesh, in_specs=(spec, spec), out_specs=spec, check_vma=False)
-    return jax.tree.map(lambda x: x[:count], spread(*padded))
+        return lanes
+    return jax.lax.with_sharding_constraint(lanes, NamedSharding(mesh, PartitionSpec(RAYS_AXIS)))
 
 
-def executed(counts: Int[Array, "rays"], batch_size: int) -> Int[Array, "rays"]:
-    """Return what each lane ran, given what it needed: in a vmapped loop all lanes run as long as the slowest.
+def num_devices(mesh: Mesh | None) -> int:
+    """Return the number of devices along the axis `rays`, 1 without a mesh.
 
-    Holds for one device; each batch is a run of `batch_size` neighbours, the last one shorter.
+    Raises:
+        ValueError: the mesh has no such axis.
     """
-    total = counts.shape[0]
-    batch = min(batch_size, total)
-    batches = -(-total // batch)
-    padded = jnp.pad(counts, (0, batches * batch - total))
-    longest = jnp.max(jnp.reshape(padded, (batches, batch)), axis=1)
-    return jnp.repeat(longest, batch)[:total]
+    if mesh is None:
+        return 1
+    if RAYS_AXIS not in mesh.shape:
+        raise ValueError(f"mesh has the axes {tuple(mesh.shape)}; name the one that rays are spread over '{RAYS_AXIS}'")
+    return mesh.shape[RAYS_AXIS]
 
 
 def default_batch_size(dimension: int) -> int:
@@ -84,7 +59,7 @@ def require_threefry(key: Any) -> Key[Array, ""]:
         raise ValueError(f"key must be a JAX random key such as jax.random.key(0), got {type(key).__name__}")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         if key.dtype != jnp.uint32 or key.shape != (2,):
-            raise ValueError(f"key must be a JAX random key such as jax.random.key(0), got an array of {key.dtype}")
+            raise ValueError(f"key must be a JAX random key such as jax.random.key(0), got {key.dtype} of shape {key.shape}")
         key = jax.random.wrap_key_data(key, impl="threefry2x32")
     if key.shape != ():
         raise ValueError(f"key must be a single key, got keys of shape {key.shape}; vmap over them, or pass one")

@@ -25,7 +25,7 @@ INK, MUTED, RULE, PAPER = "#1f2328", "#59636e", "#d1d9e0", "#ffffff"
 COLOURS = {"isotropic": "#7f8790", "adam": "#0072b2", "diagonal_ggn": "#d55e00", "dense_ggn": "#009e73"}
 OTHER_COLOUR = "#cc79a7"
 
-_WIDTH = 6.0
+_WIDTH = 5.2
 _STYLE: Sequence[Any] = (
     "default",
     {

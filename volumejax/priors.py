@@ -34,6 +34,11 @@ class Gaussian(eqx.Module):
     Args:
         sigma: standard deviation, a positive scalar or a pytree like the parameters (scalars or full leaves).
         mean: centre; None for zero, or a pytree like the parameters (the anchor itself, for instance).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> print(Gaussian(sigma=2.0).anchor_term({"w": jnp.full(3, 4.0)}))
+        -6.0
     """
 
     sigma: Any
@@ -42,6 +47,7 @@ class Gaussian(eqx.Module):
 
     def __check_init__(self) -> None:
         _require_positive(self.sigma, "Gaussian sigma")
+        _require_finite(self.mean, "Gaussian mean")
 
     def check(self, params: PyTree) -> None:
         """Raise a ValueError where sigma or mean does not fit the parameters."""
@@ -91,14 +97,23 @@ class Gaussian(eqx.Module):
         z = tree.normal_like(key, like)
         sigma = tree.broadcast_to(self.sigma, like, "Gaussian sigma")
         centre = self._centre(like)
-        return jax.tree.map(lambda z, s, m, x: (m + s * z).astype(x.dtype), z, sigma, centre, like)
+        with jax.enable_x64(True):
+            return jax.tree.map(lambda z, s, m, x: (_wide(m) + _wide(s) * _wide(z)).astype(x.dtype), z, sigma, centre, like)
 
     def _centre(self, params: PyTree) -> PyTree:
         return tree.broadcast_to(0.0 if self.mean is None else self.mean, params, "Gaussian mean")
 
 
 class UniformBox(eqx.Module):
-    """Uniform between `low` and `high`, each a scalar or a pytree like the parameters."""
+    """Uniform between `low` and `high`, each a scalar or a pytree like the parameters.
+
+    Bounds are rounded to the dtype of the parameters before they are compared, so that parameters clipped to them are inside.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> print(f"{UniformBox(-1.0, 1.0).log_density(jnp.zeros(3)):.3f}")  # -log 2³
+        -2.079
+    """
 
     low: Any
     high: Any
@@ -111,9 +126,11 @@ class UniformBox(eqx.Module):
             jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(low), jax.tree.leaves(high), strict=True
         ):
             where = jax.tree_util.keystr(path)
-            if _concrete(a, b) and not np.all(np.asarray(a) < np.asarray(b)):
+            _require_finite(a, f"UniformBox low{where}")
+            _require_finite(b, f"UniformBox high{where}")
+            if _concrete(a, b) and not np.all(np.asarray(a, np.float64) < np.asarray(b, np.float64)):
                 raise ValueError(f"UniformBox low{where} is not below high{where}; swap or widen the bounds")
-            if _concrete(x, a, b) and not np.all((np.asarray(a) <= x) & (x <= np.asarray(b))):
+            if _concrete(x, a, b) and not bool(jnp.all(_between(x, a, b))):
                 raise ValueError(f"the anchor{where} lies outside the UniformBox; widen the bounds or move the anchor")
 
     def anchor_term(self, params: PyTree) -> Float[Array, ""]:
@@ -126,7 +143,7 @@ class UniformBox(eqx.Module):
         with jax.enable_x64(True):
             low, high = self._bounds(params)
             terms = jax.tree.map(lambda a, b, x: _sum_log(_wide(b) - _wide(a), x), low, high, params)
-            inside = jax.tree.map(lambda a, b, x: jnp.all((x >= a) & (x <= b)), low, high, params)
+            inside = jax.tree.map(lambda a, b, x: jnp.all(_between(x, a, b)), low, high, params)
             log_volume = jax.tree.reduce(jnp.add, terms, jnp.zeros((), jnp.float64))
             return jnp.where(jax.tree.reduce(jnp.logical_and, inside), -log_volume, -jnp.inf)
 
@@ -135,7 +152,7 @@ class UniformBox(eqx.Module):
         with jax.enable_x64(True):
             low, high = self._bounds(params)
 
-            def leaf_exit(x: Array, y: Array, a: Array, b: Array) -> Array:
+            def leaf_exit(x: Array, y: Array, a: Any, b: Any) -> Array:
                 room = jnp.where(y > 0, _wide(b) - _wide(x), _wide(a) - _wide(x))
                 return jnp.min(jnp.where(y == 0, jnp.inf, room / jnp.where(y == 0, 1.0, _wide(y))), initial=jnp.inf)
 
@@ -153,7 +170,9 @@ class UniformBox(eqx.Module):
         leaves, treedef = jax.tree.flatten(like)
         parts = [jax.random.uniform(jax.random.fold_in(key, i), x.shape, jnp.float32) for i, x in enumerate(leaves)]
         unit = jax.tree.unflatten(treedef, parts)
-        return jax.tree.map(lambda u, a, b, x: (a + (b - a) * u).astype(x.dtype), unit, low, high, like)
+        with jax.enable_x64(True):
+            spread = jax.tree.map(lambda u, a, b: _wide(a) + (_wide(b) - _wide(a)) * _wide(u), unit, low, high)
+            return jax.tree.map(lambda value, x: value.astype(x.dtype), spread, like)
 
     def _bounds(self, params: PyTree) -> tuple[PyTree, PyTree]:
         low = tree.broadcast_to(self.low, params, "UniformBox low")
@@ -161,7 +180,13 @@ class UniformBox(eqx.Module):
 
 
 class UniformBall(eqx.Module):
-    """Uniform in the ball of `radius` around `center` (None for zero, or a pytree like the parameters)."""
+    """Uniform in the ball of `radius` around `center` (None for zero, or a pytree like the parameters).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> print(f"{UniformBall(1.0).log_density(jnp.zeros(3)):.3f}")  # -log 4π/3
+        -1.432
+    """
 
     radius: Any
     center: Any = None
@@ -169,6 +194,7 @@ class UniformBall(eqx.Module):
 
     def __check_init__(self) -> None:
         _require_positive(self.radius, "UniformBall radius")
+        _require_finite(self.center, "UniformBall center")
 
     def check(self, params: PyTree) -> None:
         """Raise a ValueError where the centre does not fit the parameters, or the anchor lies outside."""
@@ -224,7 +250,13 @@ class UniformBall(eqx.Module):
 
 
 class Lebesgue(eqx.Module):
-    """The flat measure of unit density: the log mass is then a log volume."""
+    """The flat measure of unit density: the log mass is then a log volume.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> print(Lebesgue().log_density(jnp.ones(3)))
+        0.0
+    """
 
     proper: ClassVar[bool] = False
 
@@ -276,8 +308,18 @@ def _concrete(*values: Any) -> bool:
     return not any(isinstance(v, jax.core.Tracer) for v in values)
 
 
+def _between(x: Array, low: Any, high: Any) -> Array:
+    return (x >= jnp.asarray(low, x.dtype)) & (x <= jnp.asarray(high, x.dtype))
+
+
 def _require_positive(value: Any, name: str) -> None:
+    _require_finite(value, name)
     for path, leaf in jax.tree_util.tree_leaves_with_path(value):
-        is_number = eqx.is_array_like(leaf)
-        if is_number and _concrete(leaf) and not np.all(np.asarray(leaf) > 0):
+        if eqx.is_array_like(leaf) and _concrete(leaf) and not np.all(np.asarray(leaf) > 0):
             raise ValueError(f"{name}{jax.tree_util.keystr(path)} must be positive everywhere, got {leaf}")
+
+
+def _require_finite(value: Any, name: str) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+        if eqx.is_array_like(leaf) and _concrete(leaf) and not np.all(np.isfinite(np.asarray(leaf, np.float64))):
+            raise ValueError(f"{name}{jax.tree_util.keystr(path)} must be finite everywhere, got {leaf}")

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
 from volumejax import tree
@@ -32,7 +33,13 @@ class RayDraw(eqx.Module):
 
 
 class Isotropic(eqx.Module):
-    """Every direction equally likely."""
+    """Every direction equally likely.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> Isotropic().draw(jax.random.key(0), {"w": jnp.zeros(3)}).direction["w"].shape
+        (3,)
+    """
 
     def check(self, params: PyTree) -> None:
         """Accept any parameters."""
@@ -50,6 +57,12 @@ class Diagonal(eqx.Module):
     Args:
         scale: standard deviations, a pytree like the parameters (scalars or full leaves), positive.
         mean: μ, an offset from the anchor; None for zero, or a pytree like the parameters.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> proposal = Diagonal(scale=jnp.array([1e-6, 1.0]), mean=jnp.array([5.0, 0.0]))
+        >>> print(f"{proposal.draw(jax.random.key(0), jnp.zeros(2)).direction[0]:.3f}")
+        5.000
     """
 
     scale: Any
@@ -65,7 +78,7 @@ class Diagonal(eqx.Module):
         """Draw y = μ + scale·z."""
         scale = tree.broadcast_to(self.scale, params, "Diagonal scale")
         mean = tree.broadcast_to(0.0 if self.mean is None else self.mean, params, "Diagonal mean")
-        y = jax.tree.map(lambda z, s, m: m + s * z, tree.normal_like(key, params), scale, mean)
+        y = jax.tree.map(lambda z, s, m: _single(m) + _single(s) * z, tree.normal_like(key, params), scale, mean)
         with jax.enable_x64(True):
             white_y = jax.tree.map(lambda y, s: _wide(y) / _wide(s), y, scale)
             white_mean = jax.tree.map(lambda m, s, y: jnp.broadcast_to(_wide(m) / _wide(s), y.shape), mean, scale, y)
@@ -86,27 +99,36 @@ class Dense(eqx.Module):
     Args:
         cholesky: L, with a positive diagonal. y = μ + L z, so a rotation contained in Σ is applied, not dropped.
         mean: μ, an offset from the anchor; None for zero, or a pytree like the parameters.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> x, y = Dense(jnp.array([[1.0, 0.0], [1.0, 1e-6]])).draw(jax.random.key(0), jnp.zeros(2)).direction
+        >>> print(f"{y / x:.3f}")  # along the diagonal
+        1.000
     """
 
     cholesky: Float[Array, "D D"]
     mean: Any = None
     white_mean: Float[Array, "D"] | None = None
 
-    def __init__(self, cholesky: Float[Array, "D D"], mean: Any = None) -> None:
+    def __init__(self, cholesky: ArrayLike, mean: Any = None) -> None:
         """Solve L w = μ once, so that a ray costs one product with L and nothing more."""
-        shape = jnp.shape(cholesky)
-        if len(shape) != 2 or shape[0] != shape[1]:
-            raise ValueError(f"Dense cholesky must be a square matrix, got shape {shape}")
-        if not isinstance(cholesky, jax.core.Tracer) and not np.all(np.diagonal(np.asarray(cholesky)) > 0):
-            raise ValueError("Dense cholesky must have a positive diagonal; pass numpy.linalg.cholesky(covariance)")
-        self.cholesky = cholesky
-        self.mean = mean
+        factor = jnp.asarray(cholesky, jnp.result_type(float))
+        if factor.ndim != 2 or factor.shape[0] != factor.shape[1]:
+            raise ValueError(f"Dense cholesky must be a square matrix, got shape {factor.shape}")
+        if not isinstance(factor, jax.core.Tracer) and not bool(_is_cholesky(factor)):
+            raise ValueError(
+                "Dense cholesky must be lower triangular with a positive diagonal; pass numpy.linalg.cholesky(covariance)"
+            )
+        self.cholesky = factor
+        self.mean = None
         self.white_mean = None
         if mean is not None:
-            flat = ravel_pytree(mean)[0]
-            if flat.shape != shape[:1]:
-                raise ValueError(f"Dense mean has {flat.size} numbers, the cholesky factor {shape[0]} rows")
-            self.white_mean = jax.scipy.linalg.solve_triangular(cholesky, flat.astype(cholesky.dtype), lower=True)
+            self.mean = jax.tree.map(lambda m: jnp.asarray(m, factor.dtype), mean)
+            flat = ravel_pytree(self.mean)[0]
+            if flat.shape != factor.shape[:1]:
+                raise ValueError(f"Dense mean has {flat.size} numbers, the cholesky factor {factor.shape[0]} rows")
+            self.white_mean = jax.scipy.linalg.solve_triangular(factor, flat, lower=True)
 
     def check(self, params: PyTree) -> None:
         """Raise a ValueError where the factor or the mean does not fit the parameters."""
@@ -148,8 +170,17 @@ def _ray_draw(
         return RayDraw(direction, constant, cross, square)
 
 
+@jax.jit
+def _is_cholesky(factor: Array) -> Array:
+    return jnp.all(jnp.diagonal(factor) > 0.0) & ~jnp.any(jnp.triu(factor, 1))
+
+
 def _wide(x: Any) -> Array:
     return jnp.asarray(x).astype(jnp.float64)
+
+
+def _single(x: Any) -> Array:
+    return jnp.asarray(x, jnp.float32)
 
 
 def _zero() -> Array:
@@ -164,7 +195,7 @@ def _sum_log(scale: Any, count: int) -> Array:
 
 def _check_positive(scale: PyTree) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(scale):
-        if not isinstance(leaf, jax.core.Tracer) and not np.all(np.asarray(leaf) > 0):
+        if not isinstance(leaf, jax.core.Tracer) and not np.all((np.asarray(leaf) > 0) & np.isfinite(np.asarray(leaf))):
             raise ValueError(
                 f"Diagonal scale{jax.tree_util.keystr(path)} must be positive and finite everywhere; add damping"
             )

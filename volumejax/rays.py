@@ -19,41 +19,18 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from volumejax import tree
-from volumejax.boundary import Bracket, Crossing, first_crossing, log_ratio
+from volumejax.casting import Campaign, Errand, Plan, Question, cast, join, plan_rays, plan_scouts
 from volumejax.diagnostics import certified_lower, effective_sample_size, log_mean_error, pareto_k, pareto_k_limit
 from volumejax.logmath import log_mean_exp
-from volumejax.parallel import default_batch_size, executed, map_keys, require_threefry
-from volumejax.priors import Line
-from volumejax.proposals import Isotropic, RayDraw
-from volumejax.radial import radial, radial_and_slope
+from volumejax.parallel import ABSENT, default_batch_size, num_devices, require_threefry
+from volumejax.proposals import Isotropic
 from volumejax.regions import Star
 from volumejax.results import BoundKind, Kind, RayBatch, Status, VolumeEstimate, to_host
-from volumejax.scout import Scouting, cost_along, position_floor, scout
 from volumejax.validation import check_question, is_traced
 
 __all__ = ["ray_stream", "ray_volume"]
 
 Cost = Callable[[PyTree], Float[Array, ""]]
-
-_RAYS, _SCOUTS, _AUDIT = 0, 1, 2
-"""Tags folded into the key, so that rays, scouting rays and audit points have independent draws."""
-
-
-class _Problem(eqx.Module):
-    """What every ray needs to know. The cutoff and the tolerance are float64 sums of two float32 parts."""
-
-    cost: Cost
-    params: PyTree
-    prior: Any
-    proposal: Any
-    cutoff: tuple[Array, Array]
-    tolerance: tuple[Array, Array]
-    max_evaluations: int = eqx.field(static=True)
-    batch_size: int = eqx.field(static=True)
-    audit_stride: int = eqx.field(static=True)
-    region: Star = eqx.field(static=True)
-    mesh: Mesh | None = eqx.field(static=True)
-
 
 def ray_volume(
     key: Key[Array, ""],
@@ -107,11 +84,11 @@ def ray_volume(
 
     Reference: Scherlis & Belrose, arXiv 2501.18812, equations 4-8.
     """
-    key, problem = _pose(
+    key, question, lanes, stride = _pose(
         key, cost, params, prior, cutoff, proposal, num_rays, tolerance, batch_size, audit_fraction, max_evaluations, mesh
     )
-    estimate = _estimate(key, problem, num_rays)
-    if not is_traced((key, cost, params, prior, proposal, cutoff)):
+    estimate = _estimate(key, question, num_rays, stride, lanes)
+    if not is_traced(estimate):
         return to_host(estimate)
     narrow = jnp.result_type(float)
     return jax.tree.map(lambda x: x.astype(narrow) if jnp.issubdtype(x.dtype, jnp.floating) else x, estimate)
@@ -159,39 +136,27 @@ def ray_stream(
 
     Raises:
         ValueError: as for `ray_volume`, before the first ray.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, volumejax as vj
+        >>> question = (lambda w: 0.5 * jnp.sum(w**2), jnp.zeros(10), vj.Gaussian(1.0))
+        >>> stream = vj.ray_stream(jax.random.key(0), *question, cutoff=0.01, num_rays=96, chunk_size=64)
+        >>> [estimate.num_rays for estimate in stream]
+        [64, 96]
     """
-    key, problem = _pose(
+    key, question, lanes, stride = _pose(
         key, cost, params, prior, cutoff, proposal, num_rays, tolerance, batch_size, audit_fraction, max_evaluations, mesh
     )
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    return _stream(key, problem, num_rays, min(chunk_size, num_rays), resume)
-
-
-def _stream(
-    key: Key[Array, ""], problem: _Problem, num_rays: int, chunk_size: int, resume: RayBatch | None
-) -> Iterator[VolumeEstimate]:
-    scouting = _scout(key, problem)
-    context = _context(problem, scouting)
-    rays = resume
-    done = 0 if rays is None else rays.log_weight.shape[0]
-    if rays is not None and done >= num_rays:
-        yield _summarise_on_host(rays, context)
-    while done < num_rays:
-        # A full chunk every time, so that one program serves all; the surplus of the last is dropped.
-        chunk = to_host(_shoot(key, problem, scouting, done, chunk_size))
-        keep = min(chunk_size, num_rays - done)
-        chunk = jax.tree.map(lambda x, keep=keep: x[:keep], chunk)
-        rays = chunk if rays is None else jax.tree.map(lambda a, b: np.concatenate([a, b]), rays, chunk)
-        done += keep
-        yield _summarise_on_host(rays, context)
+    return _stream(key, question, num_rays, min(chunk_size, num_rays), stride, lanes, resume)
 
 
 def _pose(
     key: Any, cost: Cost, params: PyTree, prior: Any, cutoff: ArrayLike, proposal: Any, num_rays: int,
     tolerance: ArrayLike, batch_size: int | None, audit_fraction: float, max_evaluations: int, mesh: Mesh | None,
-) -> tuple[Array, _Problem]:  # fmt: skip
-    """Check everything that can be checked beforehand, and collect it."""
+) -> tuple[Array, Question, int, int]:  # fmt: skip
+    """Check everything that can be checked beforehand; return key, question, lanes and audit stride."""
     key = require_threefry(key)
     for name, value in (("num_rays", num_rays), ("batch_size", batch_size), ("max_evaluations", max_evaluations)):
         if value is not None and value < 1:
@@ -202,200 +167,123 @@ def _pose(
         raise ValueError(f"tolerance must be a positive number of nats, got {tolerance}")
     params = check_question(cost, params, prior, cutoff)
     proposal.check(params)
-    return key, _Problem(
+    question = Question(
         cost=cost,
         params=params,
         prior=prior,
         proposal=proposal,
         cutoff=_split(cutoff),
         tolerance=_split(tolerance),
-        max_evaluations=max_evaluations,
-        batch_size=default_batch_size(tree.size(params)) if batch_size is None else batch_size,
-        audit_stride=round(1.0 / audit_fraction) if audit_fraction > 0.0 else 0,
         region=Star(),
+        max_evaluations=max_evaluations,
         mesh=mesh,
+        callers_x64=jax.config.jax_enable_x64,
     )
-
-
-@eqx.filter_jit
-def _estimate(key: Key[Array, ""], problem: _Problem, num_rays: int) -> VolumeEstimate:
-    scouting = _scout(key, problem)
-    return _summarise(_shoot(key, problem, scouting, 0, num_rays), _context(problem, scouting))
-
-
-@eqx.filter_jit
-def _scout(key: Key[Array, ""], problem: _Problem) -> Scouting:
-    """Find the scale of the region, its power law and the cost's noise from a few rays of their own."""
-    return scout(
-        jax.random.fold_in(key, _SCOUTS),
-        problem.cost,
-        problem.params,
-        problem.prior,
-        problem.proposal,
-        cutoff=_join(problem.cutoff),
-        batch_size=problem.batch_size,
-    )
-
-
-@eqx.filter_jit
-def _shoot(
-    key: Key[Array, ""], problem: _Problem, scouting: Scouting, first: Int[Array, ""] | int, count: int
-) -> RayBatch:
-    """Trace rays `first` to `first + count`, and audit every `audit_stride`-th ray of the whole run."""
-    key = jax.random.fold_in(key, _RAYS)
-    batch, mesh, stride = problem.batch_size, problem.mesh, problem.audit_stride
-    traced = map_keys(
-        lambda key: _trace(key, problem, scouting), key, first + jnp.arange(count), batch_size=batch, mesh=mesh
-    )
-    lanes = executed(traced.ray.evaluations, batch)
-    if stride > 0:
-        slots = -first % stride + stride * jnp.arange(-(-count // stride))
-        chosen = jax.tree.map(lambda x: x[jnp.minimum(slots, count - 1)], traced)
-        audited = map_keys(
-            lambda key, ray: _audit(key, ray, problem), key, first + slots, chosen, batch_size=batch, mesh=mesh
-        )
-        # A slot past the end has no ray; its index is out of range and the update is dropped.
-        traced = jax.tree.map(lambda rays, some: rays.at[slots].set(some, mode="drop"), traced, audited)
-    return eqx.tree_at(lambda rays: rays.executed, traced.ray, lanes)
-
-
-class _Traced(eqx.Module):
-    """A ray, and how far along it was verified, in units of its direction."""
-
-    ray: RayBatch
-    reach: Float[Array, ""]
-    log_totals: Float[Array, "2"]
-    """The integrals of prior and proposal over the whole ray, kept for the audit."""
-
-
-def _trace(key: Key[Array, ""], problem: _Problem, scouting: Scouting) -> _Traced:
-    """Draw the ray of `key`, find where it leaves the region, and weigh it."""
-    draw, line = _aim(key, problem)
-    log_totals = _whole_ray(draw, line, problem)
-    crossing = first_crossing(
-        cost_along(problem.cost, problem.params, draw.direction),
-        _log_volume(problem, line),
-        cutoff=_join(problem.cutoff),
-        start=scouting.start,
-        total=log_totals[0],
-        tolerance=_join(problem.tolerance),
-        power=scouting.power,
-        noise=scouting.noise,
-        limit=line.exit,
-        floor=position_floor(problem.params, draw.direction),
-        max_evaluations=problem.max_evaluations,
-    )
-    return _weigh(draw, line, log_totals, crossing)
-
-
-def _audit(key: Key[Array, ""], traced: _Traced, problem: _Problem) -> _Traced:
-    """Look at interior points of a ray, and cut it back to the first crossing where one of them lies outside."""
-    draw, line = _aim(key, problem)
-    cost_at = cost_along(problem.cost, problem.params, draw.direction)
-    fractions = problem.region.fractions(jax.random.fold_in(key, _AUDIT))
-    with jax.enable_x64(True):
-        cutoff = _join(problem.cutoff)
-        points = jnp.where(jnp.isfinite(traced.reach), traced.reach, 0.0) * fractions
-        ratios = log_ratio(jax.lax.map(cost_at, points), cutoff)
-        violated = jnp.any(ratios > 0.0)
-        first = jax.lax.argmax(ratios > 0.0, 0, jnp.int32)
-        before = jnp.maximum(first - 1, 0)
-        cut = Bracket(
-            inside=jnp.where(first > 0, points[before], 0.0),
-            outside=points[first],
-            log_ratio_inside=jnp.where(first > 0, ratios[before], -jnp.inf),
-            log_ratio_outside=ratios[first],
-        )
-        # A bracket without width makes the search of an unviolated ray end before its first evaluation.
-        settled = Bracket(points[-1], points[-1], ratios[-1], ratios[-1])
-        crossing = first_crossing(
-            cost_at,
-            _log_volume(problem, line),
-            cutoff=cutoff,
-            start=traced.reach,
-            total=traced.log_totals[0],
-            tolerance=_join(problem.tolerance),
-            limit=line.exit,
-            floor=position_floor(problem.params, draw.direction),
-            max_evaluations=problem.max_evaluations,
-            bracket=jax.tree.map(lambda a, b: jnp.where(violated, a, b), cut, settled),
-        )
-    shortened = _weigh(draw, line, traced.log_totals, crossing)
-    shortened = eqx.tree_at(
-        lambda t: (t.ray.status, t.ray.evaluations),
-        shortened,
-        (jnp.asarray(Status.NON_MONOTONE, jnp.int32), traced.ray.evaluations),
-    )
-    kept = jax.tree.map(lambda new, old: jnp.where(violated, new, old), shortened, traced)
-    extra = fractions.shape[0] + jnp.where(violated, crossing.evaluations, 0)
-    return eqx.tree_at(
-        lambda t: (t.ray.audited, t.ray.violated, t.ray.audit_evaluations),
-        kept,
-        (jnp.ones((), bool), violated, extra.astype(jnp.int32)),
-    )
-
-
-def _aim(key: Key[Array, ""], problem: _Problem) -> tuple[RayDraw, Line]:
-    """Draw a direction, and look at the prior along it."""
-    draw = problem.proposal.draw(key, problem.params)
-    return draw, problem.prior.line(problem.params, draw.direction)
-
-
-def _whole_ray(draw: RayDraw, line: Line, problem: _Problem) -> Float[Array, "2"]:
-    """Return the log integrals over the whole ray of the prior, up to its constant, and of the proposal."""
-    with jax.enable_x64(True):
-        curvatures = jnp.stack([line.curvature, draw.curvature])
-        slopes = jnp.stack([line.slope, draw.slope])
-        constants = jnp.stack([jnp.zeros((), jnp.float64), draw.log_density])
-        return constants + radial(tree.size(problem.params), curvatures, slopes, jnp.inf)
-
-
-def _log_volume(problem: _Problem, line: Line) -> Callable[[Array], tuple[Array, Array]]:
-    dimension = tree.size(problem.params)
-    return lambda s: radial_and_slope(dimension, line.curvature, line.slope, s)
-
-
-def _weigh(draw: RayDraw, line: Line, log_totals: Float[Array, "2"], crossing: Crossing) -> _Traced:
-    """Turn the verified reach of a ray into its log weight."""
-    with jax.enable_x64(True):
-        reach = crossing.bracket.inside
-        unbounded = crossing.status == Status.NEVER_CROSSES
-        length = jnp.sqrt(tree.dot(draw.direction, draw.direction))
-        ray = RayBatch(
-            log_weight=line.log_density + crossing.log_volume - log_totals[1],
-            radius=jnp.where(unbounded & jnp.isinf(line.exit), jnp.inf, reach * length),
-            shortfall=crossing.shortfall,
-            status=crossing.status,
-            evaluations=crossing.evaluations,
-            executed=crossing.evaluations,
-            audited=jnp.zeros((), bool),
-            violated=jnp.zeros((), bool),
-            audit_evaluations=jnp.zeros((), jnp.int32),
-        )
-        return _Traced(ray, reach, log_totals)
+    batch = default_batch_size(tree.size(params)) if batch_size is None else batch_size
+    return key, question, batch * num_devices(mesh), round(1.0 / audit_fraction) if audit_fraction > 0.0 else 0
 
 
 class _Context(eqx.Module):
-    """What the summary needs besides the rays: kept free of the problem's shapes, so that it compiles once per count."""
+    """What the summary needs besides the rays: kept free of the question's shapes, so that it compiles once per count."""
 
     prior_term: Float[Array, ""]
     noise: Float[Array, ""]
+    resolution: Float[Array, ""]
     scout_evaluations: Int[Array, ""]
     proper: bool = eqx.field(static=True)
     region: str = eqx.field(static=True)
 
 
-@eqx.filter_jit
-def _context(problem: _Problem, scouting: Scouting) -> _Context:
+def _context(question: Question, campaign: Campaign) -> _Context:
+    scouting = campaign.scouting(question)
     with jax.enable_x64(True):
-        relative_noise = scouting.noise / _join(problem.cutoff)
         return _Context(
-            prior_term=problem.prior.anchor_term(problem.params),
-            noise=tree.size(problem.params) / scouting.power * relative_noise,
-            scout_evaluations=scouting.evaluations,
-            proper=problem.prior.proper,
-            region=problem.region.name,
+            prior_term=question.prior.anchor_term(question.params),
+            noise=question.dimension / scouting.power * scouting.noise / join(question.cutoff),
+            resolution=join(question.tolerance),
+            scout_evaluations=jnp.sum(campaign.scout_evaluations),
+            proper=question.prior.proper,
+            region=question.region.name,
         )
+
+
+@eqx.filter_jit
+def _estimate(key: Key[Array, ""], question: Question, num_rays: int, stride: int, lanes: int) -> VolumeEstimate:
+    """The whole run as one program."""
+    rays_plan = plan_rays(0, num_rays, stride, lanes)
+    scouts_plan = plan_scouts(rays_plan[1].shape[1])
+    errands, indices = (np.concatenate(parts) for parts in zip(scouts_plan, rays_plan, strict=True))
+    campaign, chunks = cast(key, question, Campaign.begin(num_rays), jnp.asarray(errands), jnp.asarray(indices))
+    return _summarise(_gather(chunks, errands, indices, 0, num_rays), _context(question, campaign))
+
+
+@eqx.filter_jit
+def _cast(
+    key: Key[Array, ""], question: Question, campaign: Campaign, errands: Array, indices: Array
+) -> tuple[Campaign, RayBatch, _Context]:
+    campaign, chunks = cast(key, question, campaign, errands, indices)
+    return campaign, chunks, _context(question, campaign)
+
+
+def _stream(
+    key: Key[Array, ""], question: Question, num_rays: int, chunk_size: int, stride: int, lanes: int,
+    resume: RayBatch | None,
+) -> Iterator[VolumeEstimate]:  # fmt: skip
+    width = plan_rays(0, chunk_size, stride, lanes)[1].shape[1]
+    scouts_plan = plan_scouts(width)
+    length = max(len(scouts_plan[0]), max(len(plan_rays(i, chunk_size, stride, width)[0]) for i in range(stride + 1)))
+
+    def send(campaign: Campaign, plan: Plan) -> tuple[Campaign, RayBatch, _Context]:
+        # Every plan is made as long as the longest, so that one program serves scouts and all chunks of rays.
+        errands, indices = plan
+        missing = length - len(errands)
+        errands = np.pad(errands, (0, missing), constant_values=Errand.REST)
+        indices = np.pad(indices, ((0, missing), (0, 0)), constant_values=ABSENT)
+        return _cast(key, question, campaign, jnp.asarray(errands), jnp.asarray(indices))
+
+    campaign, _, context = send(Campaign.begin(num_rays), scouts_plan)
+    rays = resume
+    done = 0 if rays is None else rays.log_weight.shape[0]
+    if rays is not None and done >= num_rays:
+        yield _summarise_on_host(rays, context)
+    while done < num_rays:
+        count = min(chunk_size, num_rays - done)
+        plan = plan_rays(done, count, stride, width)
+        campaign, chunks, _ = send(campaign, plan)
+        fresh = _gather(to_host(chunks), *plan, done, count)
+        rays = fresh if rays is None else jax.tree.map(lambda a, b: np.concatenate([a, b]), rays, fresh)
+        done += count
+        yield _summarise_on_host(rays, context)
+
+
+def _gather(chunks: RayBatch, errands: np.ndarray, indices: np.ndarray, first: int, count: int) -> RayBatch:
+    """Return rays `first` to `first + count` in order, the audited ones with what the audit found."""
+    namespace = np if isinstance(chunks.log_weight, np.ndarray) else jnp
+    lanes = indices.shape[1]
+
+    def places(errand: Errand) -> np.ndarray:
+        """The flat place of each ray of that errand; 0 for the others."""
+        of_errand = np.flatnonzero(np.repeat(errands == errand, lanes) & (indices.ravel() < first + count))
+        place = np.zeros(count, np.int32)
+        place[indices.ravel()[of_errand] - first] = of_errand
+        return place
+
+    traced, audited = places(Errand.TRACE), places(Errand.AUDIT)
+    flat = jax.tree.map(lambda x: x.reshape(-1), chunks)
+    ray, check = (jax.tree.map(lambda x, at=at: x[at], flat) for at in (traced, audited))
+    was_audited = namespace.asarray(audited > 0)
+    cut = was_audited & check.violated
+    return RayBatch(
+        log_weight=namespace.where(cut, check.log_weight, ray.log_weight),
+        radius=namespace.where(cut, check.radius, ray.radius),
+        shortfall=namespace.where(cut, check.shortfall, ray.shortfall),
+        status=namespace.where(cut, namespace.int32(Status.NON_MONOTONE), ray.status),
+        evaluations=ray.evaluations,
+        executed=ray.executed,
+        audited=was_audited,
+        violated=cut,
+        audit_evaluations=namespace.where(was_audited, check.audit_evaluations, 0),
+    )
 
 
 def _summarise(rays: RayBatch, context: _Context) -> VolumeEstimate:
@@ -406,7 +294,7 @@ def _summarise(rays: RayBatch, context: _Context) -> VolumeEstimate:
         log_mass = log_mean_exp(x)
         weight = jax.nn.softmax(jnp.where(jnp.isneginf(log_mass), 0.0, x))
         shortfall = jnp.sum(weight * rays.shortfall.astype(jnp.float64))
-        k = pareto_k(x)
+        k = pareto_k(x, context.resolution)
         only_bound = ~(k <= pareto_k_limit(count))
         # A violation among the audited says that others went unseen: then the weights are too large.
         unseen = jnp.any(rays.violated) & ~jnp.all(rays.audited)
@@ -456,8 +344,3 @@ def _split(value: ArrayLike) -> tuple[Array, Array]:
         return jnp.asarray(value, jnp.float32), jnp.zeros((), jnp.float32)
     head = np.float32(value)
     return jnp.asarray(head), jnp.asarray(np.float32(float(value) - float(head)))
-
-
-def _join(parts: tuple[Array, Array]) -> Float[Array, ""]:
-    with jax.enable_x64(True):
-        return parts[0].astype(jnp.float64) + parts[1].astype(jnp.float64)

@@ -6,6 +6,7 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from volumejax import tree
@@ -40,7 +41,7 @@ class Star(eqx.Module):
         cost: Callable[[PyTree], Float[Array, ""]],
         anchor: PyTree,
         params: PyTree,
-        cutoff: Float[Array, ""],
+        cutoff: ArrayLike,
     ) -> Bool[Array, ""]:
         """Return whether `params`, and the checked points between it and the anchor, are within the cutoff."""
         step = jax.tree.map(jnp.subtract, params, anchor)
@@ -53,11 +54,12 @@ class Connected(eqx.Module):
 
     name: ClassVar[str] = "connected"
 
-    def contains(self, costs: Float[Array, "points"], cutoff: Float[Array, ""]) -> Bool[Array, ""]:
+    def contains(self, costs: Float[Array, "points"], cutoff: ArrayLike) -> Bool[Array, ""]:
         """Return whether a trajectory that starts inside stays inside, from the cost at each of its points."""
         return within(costs, cutoff)
 
 
-def within(costs: Float[Array, "points"], cutoff: Float[Array, ""]) -> Bool[Array, ""]:
-    """Return whether every cost is within the cutoff; NaN and infinities are outside."""
-    return jnp.all(jnp.isfinite(costs) & (costs <= cutoff))
+def within(costs: Float[Array, "points"], cutoff: ArrayLike) -> Bool[Array, ""]:
+    """Return whether every cost is within the cutoff, compared in float64; NaN and infinities are outside."""
+    with jax.enable_x64(True):
+        return jnp.all(jnp.isfinite(costs) & (costs.astype(jnp.float64) <= jnp.asarray(cutoff).astype(jnp.float64)))

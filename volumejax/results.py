@@ -50,21 +50,24 @@ class BoundKind(enum.IntEnum):
 
 
 class RayBatch(eqx.Module):
-    """One entry per ray; `executed` counts evaluations with those spent while the ray waited for its batch."""
+    """One entry per ray, no axis for a single one.
 
-    log_weight: Float[Array, "rays"]
+    `executed` counts the evaluations of the search with those run while the ray waited for the rest of its batch.
+    """
+
+    log_weight: Float[Array | np.ndarray, "*rays"]
     """Log importance weight, in nats; −inf for a ray without volume."""
-    radius: Float[Array, "rays"]
+    radius: Float[Array | np.ndarray, "*rays"]
     """Euclidean distance from the anchor to the largest point verified inside; +inf where the ray never crosses."""
-    shortfall: Float[Array, "rays"]
+    shortfall: Float[Array | np.ndarray, "*rays"]
     """Estimated volume left between that point and the crossing itself, in nats: what makes the weight a lower bound."""
-    status: Int[Array, "rays"]
-    evaluations: Int[Array, "rays"]
-    executed: Int[Array, "rays"]
-    audited: Bool[Array, "rays"]
-    violated: Bool[Array, "rays"]
+    status: Int[Array | np.ndarray, "*rays"]
+    evaluations: Int[Array | np.ndarray, "*rays"]
+    executed: Int[Array | np.ndarray, "*rays"]
+    audited: Bool[Array | np.ndarray, "*rays"]
+    violated: Bool[Array | np.ndarray, "*rays"]
     """Audited, and found outside the region before its first claimed crossing."""
-    audit_evaluations: Int[Array, "rays"]
+    audit_evaluations: Int[Array | np.ndarray, "*rays"]
 
 
 class VolumeEstimate(eqx.Module):

@@ -43,7 +43,7 @@ def cells(row: Row) -> Cells:
         log_mean=number(value["log_mass"], 1),
         per_ray=plus_minus(value["mean_log_weight"], value["std_log_weight"]),
         ess=number(value["ess"], 1 if float(value["ess"]) < 10 else 0),
-        pareto_k=number(value["pareto_k"], 2),
+        pareto_k=number(value["pareto_k"], 2 if float(value["pareto_k"]) < 10 else 0),
         evaluations=number(float(value["evaluations"]) / rays, 1),
         seconds=number(row.seconds, 1),
         recorded=recorded(row),
@@ -51,7 +51,15 @@ def cells(row: Row) -> Cells:
 
 
 def claim(estimate: Mapping[str, Scalar]) -> str:
-    """``value ± standard error``, or ``≥ lower`` for a bound; * where nothing certifies it."""
+    """What may be claimed: ``value ± standard error``, or ``≥ lower`` for a bound, with a * where nothing certifies it.
+
+    Args:
+        estimate: `VolumeEstimate.to_dict()`, in nats.
+
+    Example:
+        >>> claim({"kind": "lower_bound", "bound_kind": "certified", "lower": -9.91})
+        '≥ -10.0'
+    """
     if is_bound(estimate):
         star = "" if estimate["bound_kind"] == "certified" else " *"
         return f"≥ {round_down(float(estimate['lower']), 1)}{star}"
@@ -103,20 +111,35 @@ def notes(run: Run) -> list[str]:
 
 
 def number(value: float | int | str, decimals: int) -> str:
-    """A number with thousands separators; inf and nan as words."""
+    """A number with thousands separators; inf and nan as words.
+
+    Example:
+        >>> number(-11903.4, 0)
+        '-11,903'
+    """
     value = float(value)
     return f"{value:,.{decimals}f}" if math.isfinite(value) else str(value)
 
 
 def round_down(value: float, decimals: int) -> str:
-    """A bound is rounded down, never to nearest."""
+    """A lower bound with so many decimals: rounded down, never to nearest.
+
+    Example:
+        >>> round_down(-9.91, 1)
+        '-10.0'
+    """
     if math.isfinite(value):
         value = math.floor(value * 10**decimals) / 10**decimals
     return number(value, decimals)
 
 
 def plus_minus(value: float | int | str, error: float | int | str) -> str:
-    """``value ± error``, both to the error's second significant digit."""
+    """``value ± error``, both to the error's second significant digit; the value alone if the error is not finite.
+
+    Example:
+        >>> plus_minus(-7021.347, 0.4249)
+        '-7,021.35 ± 0.42'
+    """
     value, error = float(value), float(error)
     if not math.isfinite(error):
         return number(value, 1)

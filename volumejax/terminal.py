@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 try:
     from rich import box
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as ProgressBar
     from rich.table import Table
     from rich.text import Text
@@ -31,7 +31,11 @@ _ASCII = {"≥": ">=", "±": "+/-", "β": "beta", "—": "-", "−": "-"}
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console that takes text literally and never fails on a character that the stream cannot hold."""
+    """A console that takes text literally and never fails on a character that the stream cannot hold.
+
+    Args:
+        stderr: whether to write there instead of to stdout.
+    """
     made = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
     _make_encodable(made.file)
     return made
@@ -63,7 +67,7 @@ def check_table(rows: Iterable["CheckRow"]) -> Table:
             result, deviation = f"≥ {table.round_down(row.lower, 2)}", ""
         else:
             result, deviation = table.plus_minus(row.log_mass, row.std_error), f"{row.deviation:+.1f}"
-        problem = f"{row.name}\n  {row.proposal} rays"
+        problem = f"{row.name}\n{row.proposal} rays"
         lines.append((problem, table.number(row.truth, 3), result, deviation, row.verdict))
     return _grid(("problem", "truth", "log mass", "SE off", "verdict"), lines, wrapped=(0, 4), show_lines=True)
 
@@ -84,8 +88,8 @@ class Reporter:
             self.bar = ProgressBar(
                 SpinnerColumn(),
                 TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=20),
-                MofNCompleteColumn(),
+                BarColumn(bar_width=10),
+                TextColumn("{task.fields[rays]}"),
                 TimeElapsedColumn(),
                 console=out,
                 transient=True,
@@ -124,12 +128,14 @@ class Reporter:
 
     def _move_bar(self, bar: ProgressBar, progress: "Progress", finished: bool) -> None:
         if progress.done == 0:
-            self.stage = bar.add_task(progress.stage, total=progress.total)
+            counts = progress.total > 1
+            self.stage = bar.add_task(progress.stage, total=progress.total if counts else None, rays="")
         elif finished:
             bar.remove_task(self.stage)
         else:
             description = f"{progress.stage} {_so_far(progress).removesuffix(', ')}"
-            bar.update(self.stage, completed=progress.done, description=description)
+            rays = f"{progress.done}/{progress.total}"
+            bar.update(self.stage, completed=progress.done, description=description, rays=rays)
 
 
 def _so_far(progress: "Progress") -> str:
@@ -181,11 +187,13 @@ def _grid(
     style = box.HORIZONTALS if show_lines else box.SIMPLE_HEAD
     made = Table(box=style, show_lines=show_lines, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for i, header in enumerate(headers):
+        cells = [row[i] for row in [headers, *rows]]
         if i in wrapped:
-            made.add_column(header, overflow="fold", min_width=8)
+            longest = max(len(word) for cell in cells for word in cell.split())
+            made.add_column(header, overflow="fold", min_width=min(12, longest))
         else:
-            lines = [line for row in [headers, *rows] for line in row[i].split("\n")]
-            made.add_column(header, justify="right", no_wrap=True, min_width=max(map(len, lines)))
+            longest = max(len(line) for cell in cells for line in cell.split("\n"))
+            made.add_column(header, justify="right", no_wrap=True, min_width=longest)
     for row in rows:
         made.add_row(*row)
     return made

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
 __all__ = ["axpy", "broadcast_to", "check_floating", "dot", "normal_like", "size"]
@@ -48,7 +49,7 @@ def dot(a: PyTree, b: PyTree) -> Float[Array, ""]:
         return jax.tree.reduce(jnp.add, terms, jnp.zeros((), jnp.float64))
 
 
-def axpy(scale: Float[Array, ""], direction: PyTree, origin: PyTree) -> PyTree:
+def axpy(scale: ArrayLike, direction: PyTree, origin: PyTree) -> PyTree:
     """Return origin + scale·direction, computed in float64 and rounded once to the dtype of `origin`.
 
     Rounding once makes the errors of the coordinates independent. A scale rounded to float32 beforehand would move
@@ -85,7 +86,8 @@ def broadcast_to(value: Any, tree: PyTree, name: str) -> PyTree:
         ValueError: the structures differ, or a leaf has another shape; the leaf is named.
     """
     treedef = jax.tree.structure(tree)
-    if jax.tree_util.treedef_is_leaf(jax.tree.structure(value)) and jnp.ndim(value) == 0:
+    is_leaf = value is not None and jax.tree_util.treedef_is_leaf(jax.tree.structure(value))
+    if is_leaf and jnp.ndim(value) == 0:
         return jax.tree.unflatten(treedef, [value] * treedef.num_leaves)
     if jax.tree.structure(value) != treedef:
         raise ValueError(

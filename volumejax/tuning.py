@@ -36,6 +36,15 @@ def adam_proposal(
     Raises:
         ValueError: the state holds no Adam moments, or they do not match the parameters.
 
+    Example:
+        >>> import jax.numpy as jnp, optax, volumejax as vj
+        >>> params = {"w": jnp.ones(2)}
+        >>> optimizer = optax.adam(1e-3)
+        >>> _, state = optimizer.update({"w": jnp.array([1.0, 4.0])}, optimizer.init(params))
+        >>> scale = vj.adam_proposal(state, params, vj.Gaussian(1.0)).scale["w"]
+        >>> print(f"{scale[0]:.3f} {scale[1]:.3f}")
+        0.999 0.250
+
     Reference: Scherlis & Belrose, arXiv 2501.18812, §3.
     """
     prior.check(params)
@@ -53,6 +62,11 @@ def damped_proposal(curvature: PyTree, params: PyTree, *, damping: float, expone
 
     Raises:
         ValueError: damping is not positive, or the curvature does not fit the parameters or is negative.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> print(jnp.round(damped_proposal(jnp.array([0.0, 4.0]), jnp.zeros(2), damping=0.5).scale, 3))
+        [2.  0.4]
     """
     if not damping > 0.0:
         raise ValueError(f"damping must be positive, got {damping}; it bounds the spread of flat directions")
@@ -88,6 +102,12 @@ def curvature_proposal(
 
     Raises:
         ValueError: shapes that do not fit, or a precision that is not positive definite.
+
+    Example:
+        >>> import jax.numpy as jnp, volumejax as vj
+        >>> proposal = curvature_proposal(jnp.array([0.0, 0.3]), jnp.ones(2), vj.Gaussian(1.0), beta=10.0)
+        >>> print(proposal.scale, proposal.mean)
+        [1.  0.5] [-1.   -0.25]
     """
     prior.check(params)
     dense = _is_dense(curvature, params)
@@ -128,6 +148,11 @@ def matching_beta(curvature: Float[np.ndarray, "D"] | Float[np.ndarray, "D D"], 
         curvature: H, diagonal or dense.
         precision: diagonal of Λ.
         cutoff: ε in nats.
+
+    Example:
+        >>> import numpy as np
+        >>> round(matching_beta(np.ones(2), np.zeros(2), cutoff=0.01), 6)  # (D + 2) / 2ε
+        200.0
     """
     if not cutoff > 0.0:
         raise ValueError(f"cutoff must be a positive number of nats, got {cutoff}")
@@ -150,12 +175,18 @@ def matching_beta(curvature: Float[np.ndarray, "D"] | Float[np.ndarray, "D D"], 
 
 
 def _is_dense(curvature: Any, params: PyTree) -> bool:
+    """Return whether `curvature` is a matrix rather than a tree like the parameters, once a matrix is known to fit."""
+    if not isinstance(curvature, jax.Array | np.ndarray) or curvature.ndim != 2:
+        return False
+    if jax.tree.structure(params) == jax.tree.structure(curvature) and jnp.shape(jax.tree.leaves(params)[0]) == curvature.shape:
+        return False
     dimension = tree.size(params)
-    return dimension > 1 and jnp.shape(curvature) == (dimension, dimension) if _is_array(curvature) else False
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, jax.Array | np.ndarray)
+    if curvature.shape != (dimension, dimension):
+        raise ValueError(
+            f"curvature is an array of shape {curvature.shape}, but there are {dimension} parameters; pass a D × D matrix "
+            "or a pytree like the parameters"
+        )
+    return True
 
 
 def _diagonal_curvature(curvature: PyTree, params: PyTree) -> PyTree:
