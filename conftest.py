@@ -5,9 +5,9 @@ import os
 # Most of the tests' time is compilation, of programs that then run for milliseconds: optimise them less.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
-import hypothesis  # noqa: E402 - XLA reads its flags once, when JAX starts
-import jax  # noqa: E402
-import jaxtyping  # noqa: E402
+import hypothesis
+import jax
+import jaxtyping
 
 jaxtyping.install_import_hook("volumejax", "beartype.beartype")
 

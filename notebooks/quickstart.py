@@ -14,7 +14,7 @@
 # %% [markdown]
 # # How probable is a trained network?
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/volumejax/blob/main/notebooks/quickstart.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/volumejax/volumejax/blob/main/notebooks/quickstart.ipynb)
 #
 # Draw the weights of a network at random. What are the chances that it behaves like one that was
 # trained? This notebook asks that of a small digit classifier, with the experiment of Scherlis &

@@ -1,4 +1,5 @@
-"""The layers of the package: imports go strictly downward, and heavy or optional packages stay out of `import volumejax`."""
+"""The layers of the package: imports go strictly downward, and heavy or optional packages stay out of `import
+volumejax`."""
 
 import ast
 import pathlib

@@ -1,7 +1,7 @@
 """The first crossing along one ray: where it is, how well it is known, what it cost, and what can go wrong.
 
-Mutations these catch: returning the next guess instead of the last inside point, stopping on the cost instead of on the volume,
-expansion by 2 or more, NaN taken for inside, log of a cost that rounding made negative.
+Mutations these catch: returning the next guess instead of the last inside point, stopping on the cost instead of on
+the volume, expansion by 2 or more, NaN taken for inside, log of a cost that rounding made negative.
 """
 
 import jax

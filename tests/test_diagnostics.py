@@ -1,4 +1,5 @@
-"""Diagnostics against SciPy, ArviZ and brute force. Mutations: tail of n instead of n/5, no shrinkage, Markov without its log(1/p)."""
+"""Diagnostics against SciPy, ArviZ and brute force. Mutations: tail of n instead of n/5, no shrinkage, Markov without
+its log(1/p)."""
 
 import math
 import warnings
@@ -113,7 +114,11 @@ def test_the_certified_bound_by_hand():
     assert np.isclose(certified_lower(x), by_hand)
 
 
-@hypothesis.given(hnp.arrays(np.float64, hnp.array_shapes(max_dims=1, max_side=60), elements=hnp.from_dtype(np.dtype(float), allow_nan=False)))
+@hypothesis.given(
+    hnp.arrays(
+        np.float64, hnp.array_shapes(max_dims=1, max_side=60), elements=hnp.from_dtype(np.dtype(float), allow_nan=False)
+    )
+)
 def test_diagnostics_take_any_weights(x):
     hypothesis.assume(not np.any(np.isposinf(x)))
     assert effective_sample_size(x) >= 0.0

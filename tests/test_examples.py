@@ -31,10 +31,7 @@ def test_data_is_converted():
 
 
 def test_an_empty_mask_is_not_looked_for_under_jit():
-    assert (
-        jax.jit(lambda mask: make_examples(jnp.ones(3), mask=mask).mask)(jnp.zeros(3, int)).tolist()
-        == [False] * 3
-    )
+    assert jax.jit(lambda mask: make_examples(jnp.ones(3), mask=mask).mask)(jnp.zeros(3, int)).tolist() == [False] * 3
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def tiny_task(monkeypatch):
         test_accuracy=0.5,
         rms=0.5,
     )
-    monkeypatch.setattr(experiment, "digits_task", lambda seed, *, num_epochs: task)  # noqa: ARG005
+    monkeypatch.setattr(experiment, "digits_task", lambda seed, *, num_epochs: task)
     return task
 
 

@@ -64,9 +64,7 @@ def test_moments_equal_the_recursion(name, steps):
 
 
 @hypothesis.settings(max_examples=5, deadline=None)
-@hypothesis.given(
-    seed=st.integers(0, 2**31), steps=st.integers(1, 5), b2=st.sampled_from([0.0, 0.5, 0.99, 0.9999])
-)
+@hypothesis.given(seed=st.integers(0, 2**31), steps=st.integers(1, 5), b2=st.sampled_from([0.0, 0.5, 0.99, 0.9999]))
 def test_bias_correction_for_any_decay_rate(seed, steps, b2):
     grads = gradients(seed, steps)
     params, state = train(optax.adam(1e-2, b2=b2), grads)
@@ -87,9 +85,7 @@ def test_leaves_are_matched_by_path_not_by_position():
     as_tuple = {**PARAMS, "layers": tuple(PARAMS["layers"])}
     moments = second_moments(state, as_tuple)
     assert isinstance(moments["layers"], tuple)
-    np.testing.assert_allclose(
-        moments["layers"][0]["w"], recursion(grads, 0.999)["layers"][0]["w"], rtol=2e-5
-    )
+    np.testing.assert_allclose(moments["layers"][0]["w"], recursion(grads, 0.999)["layers"][0]["w"], rtol=2e-5)
 
 
 def trained(optimizer):

@@ -1,7 +1,9 @@
-"""Priors: the line against the density it claims, exits by bisection, draws against their laws, densities that integrate to one.
+"""Priors: the line against the density it claims, exits by bisection, draws against their laws, densities that
+integrate to one.
 
-Mutations these catch: sigma² for sigma, the mean dropped or of the wrong sign, a slope without the anchor's distance, the far wall or
-the far side of the sphere taken for the near one, u for u^(1/D) in the ball, one key for all leaves of the box.
+Mutations these catch: sigma² for sigma, the mean dropped or of the wrong sign, a slope without the anchor's distance,
+the far wall or the far side of the sphere taken for the near one, u for u^(1/D) in the ball, one key for all leaves of
+the box.
 """
 
 import decimal
@@ -87,7 +89,10 @@ def test_curvature_and_anchor_term_agree_with_precision_and_density(name):
     line = line_of(prior, PARAMS, direction)
     precision = prior.precision(PARAMS)
     assert jax.tree.map(jnp.shape, precision) == jax.tree.map(jnp.shape, PARAMS)
-    square = sum(np.sum(np.asarray(p) * np.asarray(y, np.float64) ** 2) for p, y in zip(*map(jax.tree.leaves, (precision, direction))))
+    square = sum(
+        np.sum(np.asarray(p) * np.asarray(y, np.float64) ** 2)
+        for p, y in zip(*map(jax.tree.leaves, (precision, direction)), strict=False)
+    )
     assert np.isclose(line.curvature, square, rtol=1e-6, atol=0)
     if name in GAUSSIANS:
         centre = jax.tree.map(lambda d, x: x - jnp.asarray(d, x.dtype), prior.displacement(PARAMS), PARAMS)
@@ -153,7 +158,9 @@ def test_the_exit_lies_on_the_boundary(x, y):
     assert box > 0.0 and ball > 0.0
 
 
-@hypothesis.given(FOUR, FOUR, FOUR, hnp.arrays(np.float32, 4, elements=st.floats(2.0**-7, 8.0, width=32)), st.floats(0.0, 5.0))
+@hypothesis.given(
+    FOUR, FOUR, FOUR, hnp.arrays(np.float32, 4, elements=st.floats(2.0**-7, 8.0, width=32)), st.floats(0.0, 5.0)
+)
 def test_gaussian_lines_agree_with_scipy(x, y, mean, sigma, s):
     line = line_of(Gaussian(sigma, mean), x, y)
     claimed = line.log_density + line.slope * s - 0.5 * line.curvature * s * s
@@ -261,7 +268,10 @@ def test_densities_integrate_to_one(prior, spans, count, tolerance):
     [
         (lambda: Gaussian(-1.0), "Gaussian sigma must be positive everywhere, got -1.0"),
         (lambda: Gaussian(0.0), "Gaussian sigma must be positive"),
-        (lambda: Gaussian({"w": 1.0, "b": jnp.array([1.0, -1.0, 1.0]), "s": 1.0}), r"Gaussian sigma\['b'\] must be positive"),
+        (
+            lambda: Gaussian({"w": 1.0, "b": jnp.array([1.0, -1.0, 1.0]), "s": 1.0}),
+            r"Gaussian sigma\['b'\] must be positive",
+        ),
         (lambda: Gaussian(jnp.nan), "Gaussian sigma must be finite"),
         (lambda: Gaussian(jnp.inf), "Gaussian sigma must be finite"),
         (lambda: Gaussian(1.0, {"w": jnp.full((2, 3), jnp.nan)}), r"Gaussian mean\['w'\] must be finite"),
@@ -319,3 +329,15 @@ def test_traced_priors_are_not_inspected():
         return UniformBox(low, 1.0).line(jnp.zeros(3), -jnp.ones(3)).exit
 
     assert float(check(-0.5)) == 0.5
+
+
+def test_what_is_concrete_is_inspected_inside_a_transformation_too():
+    @jax.jit
+    def check(x):
+        UniformBox(-0.3, 0.3).check(np.float32([0.3, 0.0]))
+        with pytest.raises(ValueError, match="outside the UniformBox"):
+            UniformBox(-0.3, 0.3).check(np.float32([0.4]))
+        UniformBall(1.0).check(x)
+        return x
+
+    check(jnp.zeros(2))

@@ -1,8 +1,10 @@
 """Direction proposals: draws with the covariance asked for, and the density that belongs to exactly those draws.
 
-Mutations these catch: diag(L) z for L z (the rotation forgotten), Lᵀ z for L z, the mean dropped from the draw or from the density, its
-sign, ½ log det without the leaf's size, white y solved for again from the rounded y.
+Mutations these catch: diag(L) z for L z (the rotation forgotten), Lᵀ z for L z, the mean dropped from the draw or from
+the density, its sign, ½ log det without the leaf's size, white y solved for again from the rounded y.
 """
+
+import functools
 
 import equinox as eqx
 import hypothesis
@@ -37,12 +39,20 @@ FACTOR = np.linalg.cholesky(COVARIANCE)
 CASES = {
     "isotropic": (Isotropic(), np.zeros(D), np.eye(D)),
     "scalar": (Diagonal(0.5), np.zeros(D), 0.25 * np.eye(D)),
-    "scalar leaves": (Diagonal({"a": 1.5, "b": jnp.array([0.8, 1.2])}), np.zeros(D), np.diag([2.25, 2.25, 2.25, 0.64, 1.44])),
-    "scalar leaves with mean": (Diagonal({"a": 1.5, "b": 0.8}, MEAN), FLAT_MEAN, np.diag([2.25, 2.25, 2.25, 0.64, 0.64])),
+    "scalar leaves": (
+        Diagonal({"a": 1.5, "b": jnp.array([0.8, 1.2])}),
+        np.zeros(D),
+        np.diag([2.25, 2.25, 2.25, 0.64, 1.44]),
+    ),
+    "scalar leaves with mean": (
+        Diagonal({"a": 1.5, "b": 0.8}, MEAN),
+        FLAT_MEAN,
+        np.diag([2.25, 2.25, 2.25, 0.64, 0.64]),
+    ),
     "dense": (Dense(FACTOR), np.zeros(D), COVARIANCE),
     "dense with mean": (Dense(jnp.asarray(FACTOR, jnp.float32), MEAN), FLAT_MEAN, COVARIANCE),
 }
-DRAWS = 20_000
+DRAWS = 8_000
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +75,7 @@ def draw_many(proposal, keys):
     return jax.vmap(one)(keys)
 
 
+@functools.cache
 def draws_of(name, seed):
     y, line, on_sphere = draw_many(CASES[name][0], jax.random.split(jax.random.key(seed), DRAWS))
     return np.asarray(y, np.float64), [np.asarray(part) for part in line], np.asarray(on_sphere)
@@ -87,9 +98,9 @@ def test_draws_have_the_mean_and_covariance(name, seed):
     y, _, _ = draws_of(name, seed)
     variance = np.diag(covariance)
     error = np.sqrt(variance / DRAWS)
-    assert error.max() < 0.02 and np.all(np.abs(y.mean(0) - mean) <= 4 * error)
+    assert error.max() < 0.025 and np.all(np.abs(y.mean(0) - mean) <= 4 * error)
     error = np.sqrt((np.outer(variance, variance) + covariance**2) / DRAWS)
-    assert error.max() < 0.04 and np.all(np.abs(np.cov(y.T) - covariance) <= 4 * error)
+    assert error.max() < 0.05 and np.all(np.abs(np.cov(y.T) - covariance) <= 4 * error)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -99,7 +110,7 @@ def test_the_density_on_the_sphere_is_that_of_the_draws(name, seed):
     _, _, on_sphere = draws_of(name, seed)
     weight = np.exp(-on_sphere - float(log_sphere_area(D)))
     error = weight.std() / np.sqrt(DRAWS)
-    assert error < 0.025
+    assert error < 0.04
     assert abs(weight.mean() - 1.0) <= 4 * error + 1e-6
 
 
@@ -115,17 +126,19 @@ def test_isotropic_directions_hit_the_density_of_other_proposals(seed):
     with jax.enable_x64(True):
         density = np.exp(constant + np.asarray(radial(D, curvature, slope, jnp.inf)) + float(log_sphere_area(D)))
     error = density.std() / np.sqrt(DRAWS)
-    assert error < 0.02 and abs(density.mean() - 1.0) <= 4 * error
+    assert error < 0.04 and abs(density.mean() - 1.0) <= 4 * error
 
 
 @pytest.mark.parametrize("proposal", [Isotropic(), Diagonal(0.1)], ids=["isotropic", "scalar"])
 def test_equal_scales_give_the_uniform_density_at_a_million_parameters(proposal):
-    like = {"x": jnp.zeros(2**20)}
+    like = {"x": jnp.zeros(10**6)}
     draw = jax.jit(lambda key: proposal.draw(key, like))(jax.random.key(0))
     size = like["x"].size
     with jax.enable_x64(True):
         length = 0.5 * jnp.log(tree.dot(draw.direction, draw.direction))
-        total = draw.log_density + radial(size, draw.curvature, draw.slope, jnp.inf) + size * length + log_sphere_area(size)
+        total = (
+            draw.log_density + radial(size, draw.curvature, draw.slope, jnp.inf) + size * length + log_sphere_area(size)
+        )
     assert abs(float(total)) < 1e-6
 
 
@@ -144,7 +157,8 @@ def test_any_diagonal_agrees_with_scipy(scale, mean, seed, s):
 
 
 def test_ill_conditioned_factors_keep_the_density_of_their_draws():
-    """At s = 1 the density is that of z itself, whatever Σ amplifies. Mutation: L⁻¹y from the rounded y is off by 10 %."""
+    """At s = 1 the density is that of z itself, whatever Σ amplifies. Mutation: L⁻¹y from the rounded y is off by 10
+    %."""
     covariance = rotated(np.logspace(-6, 6, D), seed=3)
     factor = np.linalg.cholesky(covariance)
     proposal, key = Dense(factor, MEAN), jax.random.key(5)
@@ -168,6 +182,19 @@ def test_factors_from_numpy_are_taken_in_single_precision():
         assert Dense(factor).cholesky.dtype == jnp.float32
 
 
+def test_a_factor_may_be_made_or_used_inside_a_transformation():
+    @jax.jit
+    def draw(scale):
+        with pytest.raises(ValueError, match="lower triangular"):
+            Dense(FACTOR.T)
+        concrete, traced = Dense(FACTOR, MEAN), Dense(scale * jnp.asarray(FACTOR, jnp.float32), MEAN)
+        return [proposal.draw(jax.random.key(0), PARAMS) for proposal in (concrete, traced)]
+
+    concrete, traced = draw(jnp.float32(1.0))
+    for a, b in zip(*map(jax.tree.leaves, (concrete, traced)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -181,7 +208,10 @@ def test_factors_from_numpy_are_taken_in_single_precision():
         (lambda: Dense(np.eye(4)).check(PARAMS), "Dense cholesky is 4 × 4, but there are 5 parameters"),
         (lambda: Dense(FACTOR, jnp.zeros(5)).check(PARAMS), "Dense mean is a pytree of another structure"),
         (lambda: Diagonal(-1.0).check(PARAMS), r"Diagonal scale\['a'\] must be positive and finite"),
-        (lambda: Diagonal({"a": 1.0, "b": jnp.array([1.0, 0.0])}).check(PARAMS), r"Diagonal scale\['b'\] must be positive"),
+        (
+            lambda: Diagonal({"a": 1.0, "b": jnp.array([1.0, 0.0])}).check(PARAMS),
+            r"Diagonal scale\['b'\] must be positive",
+        ),
         (lambda: Diagonal(jnp.inf).check(PARAMS), "must be positive and finite"),
         (lambda: Diagonal(jnp.nan).check(PARAMS), "must be positive and finite"),
         (lambda: Diagonal(jnp.ones(5)).check(PARAMS), "Diagonal scale is a pytree of another structure"),

@@ -1,10 +1,11 @@
 """The radial integral against mpmath, closed forms and its own derivatives.
 
-Mutations these catch: D for D−1 in the exponent, the linear term dropped at an inner mode, log1p(x) − x by subtraction, a window
-that ends after 20 nats instead of 40, one Gauss–Legendre panel instead of three.
+Mutations these catch: D for D−1 in the exponent, the linear term dropped at an inner mode, log1p(x) − x by
+subtraction, a window that ends after 20 nats instead of 40, one Gauss–Legendre panel instead of three.
 """
 
 import functools
+import itertools
 
 import hypothesis
 import jax
@@ -23,6 +24,7 @@ def radial(*arguments):
     """On the host results are float64 outside enable_x64, which NumPy keeps and jax.numpy would round."""
     value = vr.radial(*arguments)
     return value if isinstance(value, jax.core.Tracer) else np.asarray(value)
+
 
 DIMENSIONS = [1, 2, 3, 10, 10**3, 10**6, 10**9, 10**12]
 RATIOS = [1e-6, 1e-4, 1e-2, 0.1, 0.5, 0.9, 0.999, 1.0, 1.001, 1.1, 1.5, 2.0, 5.0, 10.0, 100.0, 1e3, np.inf]
@@ -63,9 +65,9 @@ def exact(D, a, b, R):
         cuts = sorted({max(peak - width * s, mp.mpf(0)) for s in steps} | {min(peak + width * s, R) for s in steps})
         top = exponent(peak) if peak > 0 else mp.mpf(0)
         total = mp.mpf(0)
-        for low, high in zip(cuts, cuts[1:]):
+        for low, high in itertools.pairwise(cuts):
             half = (high - low) / 2
-            for x, w in zip(*gauss_legendre()):
+            for x, w in zip(*gauss_legendre(), strict=False):
                 total += w * half * mp.exp(exponent(low + half * (1 + x)) - top)
         return top + mp.log(total)
 
@@ -103,7 +105,7 @@ def test_agrees_with_mpmath(D):
     a, b, R = np.array(grid(D)).T
     got = np.asarray(radial(float(D), a, b, R))
     truth = [exact(D, *row) for row in grid(D)]
-    error = np.array([abs(float(mp.mpf(float(x)) - y)) for x, y in zip(got, truth)])
+    error = np.array([abs(float(mp.mpf(float(x)) - y)) for x, y in zip(got, truth, strict=False)])
     rho = np.minimum(R, [peak_of(D, *row[:2]) for row in grid(D)])
     bound = 16 * 2.0**-53 * (D * (1 + np.abs(np.log(rho))) + a * rho**2 + np.abs(b) * rho)
     assert np.all(error <= bound), (error / bound).max()
@@ -142,7 +144,9 @@ def test_limits():
     assert radial(5, 0.0, 0.0, jnp.inf) == jnp.inf
     assert radial(5, 0.0, 1.0, jnp.inf) == jnp.inf
     assert np.isclose(radial(5, 0.0, -2.0, jnp.inf), gammaln(5) - 5 * np.log(2))
-    assert np.all(np.isnan(radial(jnp.array([0.5, 5, 5, 5]), jnp.array([1.0, -1, 1, jnp.nan]), 0.0, jnp.array([1.0, 1, -1, 1]))))
+    assert np.all(
+        np.isnan(radial(jnp.array([0.5, 5, 5, 5]), jnp.array([1.0, -1, 1, jnp.nan]), 0.0, jnp.array([1.0, 1, -1, 1])))
+    )
     for extreme in (1e-300, 1e150, 1e300):
         assert np.isfinite(radial(10, 1.0, 0.0, extreme))
         assert np.isfinite(radial(10, 0.0, -extreme, 1.0))

@@ -1,7 +1,7 @@
 """The ray estimator on problems whose answers are known, and its contract: purity, resume, data not exceptions.
 
-Mutations these catch: the Jacobian r^{D−1} dropped, the sign of the prior's slope flipped, the proposal's density without its
-determinant, the shift of the mean left out of the density, rays weighted by the outer end of the bracket.
+Mutations these catch: the Jacobian r^{D−1} dropped, the sign of the prior's slope flipped, the proposal's density
+without its determinant, the shift of the mean left out of the density, rays weighted by the outer end of the bracket.
 """
 
 import jax
@@ -164,7 +164,9 @@ def repeat(problem, proposal, num_rays, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("problem", [reference.quadratic(RANK_FIVE, cutoff=1e-2), reference.quadratic(HARMONIC, cutoff=1.0)])
+@pytest.mark.parametrize(
+    "problem", [reference.quadratic(RANK_FIVE, cutoff=1e-2), reference.quadratic(HARMONIC, cutoff=1.0)]
+)
 def test_calibration(problem):
     # A little off the best temperature, so that the weights have a spread to be calibrated.
     best = matching_beta(np.asarray(problem.curvature, float), np.ones(problem.params.size), problem.cutoff)

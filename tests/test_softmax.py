@@ -36,9 +36,7 @@ def signs(size):
 
 
 @hypothesis.settings(max_examples=50, deadline=None)
-@hypothesis.given(
-    seed=st.integers(0, 2**31), log_spread=st.floats(-2.0, 3.0), log_change=st.floats(-4.0, 4.0)
-)
+@hypothesis.given(seed=st.integers(0, 2**31), log_spread=st.floats(-2.0, 3.0), log_change=st.floats(-4.0, 4.0))
 def test_divergence_equals_the_textbook(seed, log_spread, log_change):
     rng = np.random.default_rng(seed)
     anchor_logits = rng.normal(scale=np.exp(log_spread), size=(20, 7)).astype(np.float32)
@@ -122,9 +120,7 @@ def test_cross_entropy_equals_the_textbook_and_keeps_small_losses():
     logits = rng.normal(scale=3.0, size=(5, 4, 6)).astype(np.float32)
     labels = rng.integers(0, 6, size=(5, 4))
     truth = -np.take_along_axis(log_softmax64(logits), labels[..., None], -1)[..., 0]
-    np.testing.assert_allclose(
-        cross_entropy(jnp.asarray(logits), None, jnp.asarray(labels)), truth, rtol=1e-5
-    )
+    np.testing.assert_allclose(cross_entropy(jnp.asarray(logits), None, jnp.asarray(labels)), truth, rtol=1e-5)
     sure = cross_entropy(jnp.array([20.0, 0.0]), None, jnp.array(0))
     np.testing.assert_allclose(sure, np.exp(-20.0), rtol=1e-5)
     assert cross_entropy(jnp.array([-jnp.inf, 0.0]), None, jnp.array(0)) == jnp.inf

@@ -71,15 +71,11 @@ def test_equal_weights_against_scipy(n, delta):
     weights, noncentrality = np.full(n, 0.7), np.full(n, delta / n)
     x = np.array([0.3, 1.0, 1.5]) * 0.7 * (n + delta)
     expected = ncx2.logcdf(x / 0.7, n, delta)
-    assert np.allclose(
-        [weighted_chi_square(weights, noncentrality, t).log_mass for t in x], expected, rtol=1e-8
-    )
+    assert np.allclose([weighted_chi_square(weights, noncentrality, t).log_mass for t in x], expected, rtol=1e-8)
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    st.integers(1, 60), st.floats(0.0, 3.0), st.floats(0.0, 50.0), st.floats(-12.0, 0.5), st.integers(0, 999)
-)
+@given(st.integers(1, 60), st.floats(0.0, 3.0), st.floats(0.0, 50.0), st.floats(-12.0, 0.5), st.integers(0, 999))
 def test_series_and_contour_agree(n, spread, delta, log_ratio, seed):
     rng = np.random.default_rng(seed)
     weights, noncentrality = np.exp(spread * rng.normal(size=n)), delta * rng.random(n)
@@ -148,9 +144,7 @@ def test_tails_are_scale_free():
 @pytest.mark.parametrize("log_x", [-600.0, -7.0, 0.0, 3.0])
 def test_one_log_gamma(shape, power, log_x):
     expected = float(log_gamma_p(shape, 0.5 * np.exp(log_x / power)))
-    assert abs(weighted_log_gamma([shape], [power], log_x).log_mass - expected) <= 1e-13 * (
-        10.0 + abs(expected)
-    )
+    assert abs(weighted_log_gamma([shape], [power], log_x).log_mass - expected) <= 1e-13 * (10.0 + abs(expected))
 
 
 @pytest.mark.parametrize("elapsed", [0.0, 1.0, 30.0, 690.0])

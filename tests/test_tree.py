@@ -1,7 +1,7 @@
 """A pytree as a vector, against float64 NumPy.
 
-Mutations these catch: products or scale rounded to float32, the sum in float32, one key for all leaves, the leaf's dtype lost,
-uniform draws for normal ones.
+Mutations these catch: products or scale rounded to float32, the sum in float32, one key for all leaves, the leaf's
+dtype lost, uniform draws for normal ones.
 """
 
 import math
@@ -120,7 +120,9 @@ def test_dot_and_axpy_agree_with_numpy(a, b, scale):
     assert got == float(tree.dot({"x": b}, {"x": a}))
     moved = np.asarray(AXPY(wide(scale), {"x": a}, {"x": b})["x"])
     truth = wide_b + scale * wide_a
-    assert np.all(np.abs(moved - truth) <= 2.0**-24 * np.abs(truth) + 1e-15 * (np.abs(wide_b) + 1e2 * np.abs(wide_a)) + 1e-45)
+    assert np.all(
+        np.abs(moved - truth) <= 2.0**-24 * np.abs(truth) + 1e-15 * (np.abs(wide_b) + 1e2 * np.abs(wide_a)) + 1e-45
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -171,7 +173,10 @@ def test_scalars_and_matching_trees_broadcast():
         ({"w": 1.0}, "sigma is a pytree of another structure"),
         (jnp.ones(3), "sigma is a pytree of another structure"),
         (None, "sigma is a pytree of another structure"),
-        ({"w": jnp.ones((3, 2)), "b": [1.0, 1.0]}, r"sigma\['w'\] has shape \(3, 2\), the parameter there has shape \(2, 3\)"),
+        (
+            {"w": jnp.ones((3, 2)), "b": [1.0, 1.0]},
+            r"sigma\['w'\] has shape \(3, 2\), the parameter there has shape \(2, 3\)",
+        ),
         ({"w": 1.0, "b": [jnp.ones(1), 1.0]}, r"sigma\['b'\]\[0\] has shape \(1,\)"),
     ],
 )

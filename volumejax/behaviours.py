@@ -225,9 +225,7 @@ def _mean(behaviour: Behaviour, params: PyTree) -> Float[Array, ""]:
     return jnp.sum(total) / jnp.sum(count)
 
 
-def _sum(
-    behaviour: Behaviour, params: PyTree, examples: Examples, fresh: Bool[Array, "batch"]
-) -> Float[Array, "2"]:
+def _sum(behaviour: Behaviour, params: PyTree, examples: Examples, fresh: Bool[Array, "batch"]) -> Float[Array, "2"]:
     """Return the summed measure over the positions that count, and their number."""
     logits = behaviour.apply_fn(params, examples.inputs)
     shape = check_logits(logits, examples)
@@ -276,8 +274,6 @@ def _all_logits(apply_fn: Callable, params: PyTree, inputs: PyTree, batch_size: 
     if batch_size is None or batch_size >= number:
         return apply_fn(params, inputs)
     count = num_batches(inputs, batch_size)
-    batches = jax.lax.map(
-        lambda index: apply_fn(params, micro_batch(inputs, index, batch_size)[0]), jnp.arange(count)
-    )
+    batches = jax.lax.map(lambda index: apply_fn(params, micro_batch(inputs, index, batch_size)[0]), jnp.arange(count))
     last = number - (count - 1) * batch_size
     return jnp.concatenate([batches[:-1].reshape(-1, *batches.shape[2:]), batches[-1][-last:]])

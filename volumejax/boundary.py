@@ -1,7 +1,7 @@
 """First crossing of a cost through its cutoff along one ray; knows no parameters.
 
-The search works in (log s, log C), where a quadratic cost is a straight line, and its stopping rule is in nats of volume.
-Written for one ray; `jax.vmap` makes a batch of it.
+The search works in (log s, log C), where a quadratic cost is a straight line, and its stopping rule is in nats of
+volume. Written for one ray; `jax.vmap` makes a batch of it.
 """
 
 import math
@@ -21,6 +21,8 @@ GROWTH = 1.5
 """Largest factor by which an expansion step may pass the last inside point."""
 _TAIL = 1e-4
 """A ray whose remaining prior mass is worth less than this many nats counts as never crossing."""
+_CLOSE = 0.05
+"""Share of the tolerance within which the inner end has to lie to the interpolated crossing."""
 
 LogVolume = Callable[[Array], tuple[Array, Array]]
 """s -> (log ∫_0^s of the prior along the ray, its derivative by log s)."""
@@ -106,7 +108,8 @@ def first_crossing(
     """Bracket the first s at which the cost exceeds the cutoff, to `tolerance` nats of volume.
 
     Expands from `start` by at most a factor `GROWTH` a step, then closes in by inverse quadratic interpolation in
-    (log s, log C), safeguarded by bisection. A barrier narrower than an expansion step can be jumped: the caller audits.
+    (log s, log C), safeguarded by bisection. A barrier narrower than an expansion step can be jumped: the caller
+    audits.
 
     Args:
         cost_at: cost in nats at a float64 distance s; NaN and ±inf count as outside.
@@ -215,9 +218,13 @@ def _judge(search: _Search, rules: _Rules) -> _Search:
     rise = rules.cutoff * (jnp.exp(search.bracket.log_ratio_outside) - jnp.exp(search.bracket.log_ratio_inside))
     # Two evaluations differ by √2 times the noise of one; about that much says nothing more about the crossing.
     blurred = closed & ((rise <= 2.0 * rules.noise) | (high <= low * (1.0 + 2.0**-50)))
-    narrow = closed & (nats <= rules.tolerance)
+    # A bracket that closed by luck may have its inner end anywhere in it; one more step brings it to the crossing, so
+    # that the result does not hang on the last bits of the cost.
+    narrow = closed & (nats <= rules.tolerance) & (_shortfall(search) <= _CLOSE * rules.tolerance)
     # The crossing itself is only known to within the noise: in volume, slope·noise/(ε·power) nats.
-    loud = rules.noise >= rules.cutoff * jnp.minimum(0.25, rules.tolerance * rules.power / jnp.maximum(search.slope, 1.0))
+    loud = rules.noise >= rules.cutoff * jnp.minimum(
+        0.25, rules.tolerance * rules.power / jnp.maximum(search.slope, 1.0)
+    )
     opaque = jnp.isposinf(search.bracket.log_ratio_outside)
     end_of_prior = jnp.isinf(high) & (low > 0.0) & ((low >= rules.limit) | (nats <= _TAIL))
     vanished = (low == 0.0) & (high <= jnp.maximum(rules.floor, 1e-280))
@@ -242,7 +249,7 @@ def _shortfall(search: _Search) -> Array:
     smooth = jnp.isfinite(low) & jnp.isfinite(high) & (high > low)
     share = jnp.where(smooth, -low / jnp.where(smooth, high - low, 1.0), 0.5)
     nats = jnp.where(closed, search.volumes[1] - search.volumes[0], 0.0)
-    return share * nats
+    return jnp.where(share > 0.0, share * nats, 0.0)
 
 
 def _propose(search: _Search, rules: _Rules) -> Array:
@@ -258,15 +265,17 @@ def _propose(search: _Search, rules: _Rules) -> Array:
     # Bracketed: the interpolated root, unless that does not help.
     width = x_high - x_low
     slow = width > 0.5 * search.widths[1]
-    good = jnp.isfinite(root) & (root >= x_low) & (root <= x_high) & ~slow & (width > 2.0 * step)
-    near_low = aim - x_low <= 0.01 * step
-    between = jnp.where(near_low, x_low + step, jnp.clip(aim, x_low, x_high - 0.003 * step))
-    between = jnp.where(good | (near_low & (width > step)), between, 0.5 * (x_low + x_high))
+    good = jnp.isfinite(root) & (root >= x_low) & (root <= x_high) & ~slow
+    closing = (aim - x_low <= 0.01 * step) & (width > step)
+    inner = jnp.where(good, jnp.clip(aim, x_low, x_high - 0.003 * step), 0.5 * (x_low + x_high))
+    between = jnp.where(closing, x_low + step, inner)
 
     # Only inside points so far: outwards, by at most GROWTH.
     most = jnp.full((), math.log(GROWTH), jnp.float64)
     ratio = bracket.log_ratio_inside
-    leap = jnp.where(jnp.isfinite(ratio), jnp.clip(0.5 * (math.log(1e-2) - ratio), most, math.log(100.0)), math.log(10.0))
+    leap = jnp.where(
+        jnp.isfinite(ratio), jnp.clip(0.5 * (math.log(1e-2) - ratio), most, math.log(100.0)), math.log(10.0)
+    )
     most = jnp.where(rules.leap & (ratio < math.log(1e-3)), leap, most)
     ahead = jnp.where(jnp.isfinite(root), jnp.clip(root - x_low, jnp.minimum(step, most), most), most)
 

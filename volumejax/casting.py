@@ -1,8 +1,8 @@
 """Tracing rays in chunks: scouts first, then the rays themselves, then an audit, all by one compiled loop.
 
-Scouting rays have keys of their own. They find at what distance the region ends, how the cost grows there and how noisy it is,
-so that a ray starts its search close to its crossing. One loop for every errand means that the cost is compiled twice and not six
-times: once in the search and once for points along a ray.
+Scouting rays have keys of their own. They find at what distance the region ends, how the cost grows there and how
+noisy it is, so that a ray starts its search close to its crossing. One loop for every errand means that the cost is
+compiled twice and not six times: once in the search and once for points along a ray.
 """
 
 import enum
@@ -25,7 +25,17 @@ from volumejax.radial import radial, radial_and_slope, radial_mode
 from volumejax.regions import Star
 from volumejax.results import RayBatch, Status
 
-__all__ = ["Campaign", "Errand", "Question", "Scouting", "cast", "cost_along", "plan_rays", "plan_scouts", "position_floor"]
+__all__ = [
+    "Campaign",
+    "Errand",
+    "Question",
+    "Scouting",
+    "cast",
+    "cost_along",
+    "plan_rays",
+    "plan_scouts",
+    "position_floor",
+]
 
 NUM_SCOUTS = 8
 _RAYS, _SCOUTS, _AUDIT = 0, 1, 2
@@ -123,7 +133,7 @@ def plan_scouts(lanes: int) -> Plan:
 
 
 def plan_rays(first: int, count: int, audit_stride: int, lanes: int) -> Plan:
-    """Return the chunks that trace rays `first` to `first + count` and audit every `audit_stride`-th ray of the whole run."""
+    """Return the chunks that trace `count` rays from `first` on, and audit every `audit_stride`-th of the whole run."""
     traces = cut(np.arange(first, first + count), lanes)
     plan = [(Errand.TRACE, traces)]
     if audit_stride > 0:
@@ -265,7 +275,9 @@ def _look(question: Question, aims: _Aim, points: Float[Array, "points lanes"], 
         return jax.lax.fori_loop(jnp.int32(0), num_points, at, jnp.zeros_like(points))
 
 
-def _known(points: Float[Array, "points"], costs: Float[Array, "points"], errand: Array, cutoff: Array) -> tuple[Bracket, Array]:
+def _known(
+    points: Float[Array, "points"], costs: Float[Array, "points"], errand: Array, cutoff: Array
+) -> tuple[Bracket, Array]:
     """Return the bracket from which a lane searches, and whether an audited point lay outside."""
     with jax.enable_x64(True):
         ratios = log_ratio(costs, cutoff)

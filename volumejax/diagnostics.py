@@ -45,8 +45,8 @@ def pareto_k_limit(num_rays: int) -> float:
 def pareto_k(log_weights: Float[Array | np.ndarray, "rays"], resolution: ArrayLike = 0.0) -> Float[Array, ""]:
     """Return k-hat, the shape of a generalised Pareto distribution fitted to the largest weights.
 
-    The fit is the empirical Bayes estimate of Zhang & Stephens (Technometrics 2009) to the min(n/5, 3√n) largest weights,
-    shrunk towards 1/2 by ten pseudo-observations as in Vehtari et al. (JMLR 2024).
+    The fit is the empirical Bayes estimate of Zhang & Stephens (Technometrics 2009) to the min(n/5, 3√n) largest
+    weights, shrunk towards 1/2 by ten pseudo-observations as in Vehtari et al. (JMLR 2024).
 
     Args:
         log_weights: log importance weights, in nats.
@@ -78,8 +78,8 @@ def certified_lower(log_weights: Float[Array | np.ndarray, "rays"], probability:
     r"""Return a lower bound on log E[w] that fails with at most `probability`, whatever the distribution of w ≥ 0.
 
     For blocks of fixed size the product of B block means has expectation (E w)^B, so by Markov's inequality
-    log E w ≥ (1/B) Σ log(block mean) − log(1/p)/B with probability 1 − p. Three block sizes, n, about √n and 1, share the
-    allowance equally; the best of the three counts.
+    log E w ≥ (1/B) Σ log(block mean) − log(1/p)/B with probability 1 − p. Three block sizes, n, about √n and 1, share
+    the allowance equally; the best of the three counts.
     """
     with jax.enable_x64(True):
         x = jnp.asarray(log_weights).astype(jnp.float64)

@@ -135,13 +135,9 @@ def is_concrete(array: Array) -> bool:
 
 def _labels(labels: Array, number: int) -> Array:
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(
-            f"labels must be integers, got {labels.dtype}; use class numbers from 0 to classes − 1"
-        )
+        raise ValueError(f"labels must be integers, got {labels.dtype}; use class numbers from 0 to classes − 1")
     if labels.shape[:1] != (number,):
-        raise ValueError(
-            f"labels have shape {list(labels.shape)} but inputs hold {number} examples; pair them up"
-        )
+        raise ValueError(f"labels have shape {list(labels.shape)} but inputs hold {number} examples; pair them up")
     return labels.astype(jnp.int32)
 
 

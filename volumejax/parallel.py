@@ -59,10 +59,14 @@ def require_threefry(key: Any) -> Key[Array, ""]:
         raise ValueError(f"key must be a JAX random key such as jax.random.key(0), got {type(key).__name__}")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         if key.dtype != jnp.uint32 or key.shape != (2,):
-            raise ValueError(f"key must be a JAX random key such as jax.random.key(0), got {key.dtype} of shape {key.shape}")
+            raise ValueError(
+                f"key must be a JAX random key such as jax.random.key(0), got {key.dtype} of shape {key.shape}"
+            )
         key = jax.random.wrap_key_data(key, impl="threefry2x32")
     if key.shape != ():
         raise ValueError(f"key must be a single key, got keys of shape {key.shape}; vmap over them, or pass one")
     if "threefry" not in str(jax.random.key_impl(key)):
-        raise ValueError("key must be a threefry key, whose draws do not depend on vmap: jax.random.key(0, impl='threefry2x32')")
+        raise ValueError(
+            "key must be a threefry key, whose draws do not depend on vmap: jax.random.key(0, impl='threefry2x32')"
+        )
     return key

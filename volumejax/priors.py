@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Key, PyTree
 
 from volumejax import tree
@@ -90,7 +91,9 @@ class Gaussian(eqx.Module):
     def precision(self, params: PyTree) -> PyTree:
         """Return the diagonal of Λ = σ⁻², shaped like the parameters."""
         sigma = tree.broadcast_to(self.sigma, params, "Gaussian sigma")
-        return jax.tree.map(lambda s, x: jnp.broadcast_to(1.0 / jnp.asarray(s, jnp.float32) ** 2, x.shape), sigma, params)
+        return jax.tree.map(
+            lambda s, x: jnp.broadcast_to(1.0 / jnp.asarray(s, jnp.float32) ** 2, x.shape), sigma, params
+        )
 
     def sample(self, key: Key[Array, ""], like: PyTree) -> PyTree:
         """Draw parameters shaped like `like`."""
@@ -98,7 +101,9 @@ class Gaussian(eqx.Module):
         sigma = tree.broadcast_to(self.sigma, like, "Gaussian sigma")
         centre = self._centre(like)
         with jax.enable_x64(True):
-            return jax.tree.map(lambda z, s, m, x: (_wide(m) + _wide(s) * _wide(z)).astype(x.dtype), z, sigma, centre, like)
+            return jax.tree.map(
+                lambda z, s, m, x: (_wide(m) + _wide(s) * _wide(z)).astype(x.dtype), z, sigma, centre, like
+            )
 
     def _centre(self, params: PyTree) -> PyTree:
         return tree.broadcast_to(0.0 if self.mean is None else self.mean, params, "Gaussian mean")
@@ -107,7 +112,8 @@ class Gaussian(eqx.Module):
 class UniformBox(eqx.Module):
     """Uniform between `low` and `high`, each a scalar or a pytree like the parameters.
 
-    Bounds are rounded to the dtype of the parameters before they are compared, so that parameters clipped to them are inside.
+    Bounds are rounded to the dtype of the parameters before they are compared, so that parameters clipped to them are
+    inside.
 
     Example:
         >>> import jax.numpy as jnp
@@ -130,7 +136,7 @@ class UniformBox(eqx.Module):
             _require_finite(b, f"UniformBox high{where}")
             if _concrete(a, b) and not np.all(np.asarray(a, np.float64) < np.asarray(b, np.float64)):
                 raise ValueError(f"UniformBox low{where} is not below high{where}; swap or widen the bounds")
-            if _concrete(x, a, b) and not bool(jnp.all(_between(x, a, b))):
+            if _concrete(x, a, b) and not np.all(_between(np.asarray(x), np.asarray(a), np.asarray(b))):
                 raise ValueError(f"the anchor{where} lies outside the UniformBox; widen the bounds or move the anchor")
 
     def anchor_term(self, params: PyTree) -> Float[Array, ""]:
@@ -143,7 +149,9 @@ class UniformBox(eqx.Module):
         with jax.enable_x64(True):
             low, high = self._bounds(params)
             terms = jax.tree.map(lambda a, b, x: _sum_log(_wide(b) - _wide(a), x), low, high, params)
-            inside = jax.tree.map(lambda a, b, x: jnp.all(_between(x, a, b)), low, high, params)
+            inside = jax.tree.map(
+                lambda a, b, x: jnp.all(_between(x, jnp.asarray(a), jnp.asarray(b))), low, high, params
+            )
             log_volume = jax.tree.reduce(jnp.add, terms, jnp.zeros((), jnp.float64))
             return jnp.where(jax.tree.reduce(jnp.logical_and, inside), -log_volume, -jnp.inf)
 
@@ -199,7 +207,10 @@ class UniformBall(eqx.Module):
     def check(self, params: PyTree) -> None:
         """Raise a ValueError where the centre does not fit the parameters, or the anchor lies outside."""
         offset = self._offset(params)
-        if _concrete(self.radius, *jax.tree.leaves(offset)) and float(tree.dot(offset, offset)) > float(self.radius) ** 2:
+        if (
+            _concrete(self.radius, *jax.tree.leaves(offset))
+            and float(tree.dot(offset, offset)) > float(self.radius) ** 2
+        ):
             raise ValueError("the anchor lies outside the UniformBall; enlarge the radius or move the center")
 
     def anchor_term(self, params: PyTree) -> Float[Array, ""]:
@@ -305,11 +316,12 @@ def _sum_log(value: Any, like: Array) -> Array:
 
 
 def _concrete(*values: Any) -> bool:
-    return not any(isinstance(v, jax.core.Tracer) for v in values)
+    return not any(isinstance(v, Tracer) for v in values)
 
 
-def _between(x: Array, low: Any, high: Any) -> Array:
-    return (x >= jnp.asarray(low, x.dtype)) & (x <= jnp.asarray(high, x.dtype))
+def _between(x: Any, low: Any, high: Any) -> Any:
+    """Compare arrays of NumPy or JAX in the dtype of `x`."""
+    return (x >= low.astype(x.dtype)) & (x <= high.astype(x.dtype))
 
 
 def _require_positive(value: Any, name: str) -> None:

@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
@@ -116,9 +117,10 @@ class Dense(eqx.Module):
         factor = jnp.asarray(cholesky, jnp.result_type(float))
         if factor.ndim != 2 or factor.shape[0] != factor.shape[1]:
             raise ValueError(f"Dense cholesky must be a square matrix, got shape {factor.shape}")
-        if not isinstance(factor, jax.core.Tracer) and not bool(_is_cholesky(factor)):
+        if not isinstance(cholesky, Tracer) and not _is_cholesky(np.asarray(cholesky)):
             raise ValueError(
-                "Dense cholesky must be lower triangular with a positive diagonal; pass numpy.linalg.cholesky(covariance)"
+                "Dense cholesky must be lower triangular with a positive diagonal; pass "
+                "numpy.linalg.cholesky(covariance)"
             )
         self.cholesky = factor
         self.mean = None
@@ -170,9 +172,9 @@ def _ray_draw(
         return RayDraw(direction, constant, cross, square)
 
 
-@jax.jit
-def _is_cholesky(factor: Array) -> Array:
-    return jnp.all(jnp.diagonal(factor) > 0.0) & ~jnp.any(jnp.triu(factor, 1))
+def _is_cholesky(factor: np.ndarray) -> bool:
+    # Row by row, since the matrix may be as large as memory allows.
+    return bool(np.all(np.diagonal(factor) > 0)) and not any(np.any(row[i + 1 :]) for i, row in enumerate(factor))
 
 
 def _wide(x: Any) -> Array:
@@ -195,7 +197,7 @@ def _sum_log(scale: Any, count: int) -> Array:
 
 def _check_positive(scale: PyTree) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(scale):
-        if not isinstance(leaf, jax.core.Tracer) and not np.all((np.asarray(leaf) > 0) & np.isfinite(np.asarray(leaf))):
+        if not isinstance(leaf, Tracer) and not np.all((np.asarray(leaf) > 0) & np.isfinite(np.asarray(leaf))):
             raise ValueError(
                 f"Diagonal scale{jax.tree_util.keystr(path)} must be positive and finite everywhere; add damping"
             )

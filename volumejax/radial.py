@@ -8,12 +8,13 @@ to the peak: nothing cancels or overflows, for D from 1 to 10¹².
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 __all__ = ["radial", "radial_and_slope", "radial_mode"]
 
@@ -28,7 +29,7 @@ def _graded_rule(cuts: tuple[float, ...] = (0.0, 1 / 16, 1 / 4, 1.0), order: int
     nats multiplies by 40.
     """
     x, w = np.polynomial.legendre.leggauss(order)
-    halves = [(low, (high - low) / 2) for low, high in zip(cuts, cuts[1:], strict=False)]
+    halves = [(low, (high - low) / 2) for low, high in itertools.pairwise(cuts)]
     nodes = np.concatenate([low + half * (1 + x) for low, half in halves])
     return nodes, np.concatenate([half * w for _, half in halves])
 
@@ -76,7 +77,7 @@ def radial_and_slope(D: ArrayLike, a: ArrayLike, b: ArrayLike, R: ArrayLike) -> 
 
 
 def radial_mode(D: ArrayLike, a: ArrayLike, b: ArrayLike) -> Float[Array, "*shape"]:
-    """Return the r > 0 that maximises (D−1) log r − a r²/2 + b r: +inf where there is no maximum, 0 where it is at 0."""
+    """Return the r ≥ 0 that maximises (D−1) log r − a r²/2 + b r, +inf where there is no maximum."""
     with jax.enable_x64(True):
         D, a, b = (jnp.asarray(x).astype(jnp.float64) for x in (D, a, b))
         n = D - 1.0
@@ -112,9 +113,7 @@ def _moments(D: Array, a: Array, b: Array, R: Array) -> tuple[Array, Array, Arra
         empty = R == 0.0
         ordinary = legal & ~diverges & ~empty
         # Stand-ins keep the unused branch finite.
-        D, a, b, R = (
-            jnp.where(ordinary, x, y) for x, y in ((D, 1.0), (a, 1.0), (b, 0.0), (R, 1.0))
-        )
+        D, a, b, R = (jnp.where(ordinary, x, y) for x, y in ((D, 1.0), (a, 1.0), (b, 0.0), (R, 1.0)))
         n = D - 1.0
         mode = jnp.minimum(R, radial_mode(D, a, b))
         at_end = mode >= R

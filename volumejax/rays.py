@@ -1,7 +1,7 @@
-"""The ray estimator: random rays from the anchor, each integrated up to where behaviour breaks.
+r"""The ray estimator: random rays from the anchor, each integrated up to where behaviour breaks.
 
-.. math:: \\log w(u) = \\log\\int_0^{R(u)} r^{D-1} \\pi(\\theta_0 + r u)\\,dr - \\log q(u), \\qquad
-          \\log \\mathrm{mass} = \\log \\mathbb{E}_q\\, w(u)
+.. math:: \log w(u) = \log\int_0^{R(u)} r^{D-1} \pi(\theta_0 + r u)\,dr - \log q(u), \qquad
+          \log \mathrm{mass} = \log \mathbb{E}_q\, w(u)
 
 The mean weight is an unbiased estimate of the star region's mass, so log mean w is a lower bound in expectation.
 Source: Scherlis & Belrose, arXiv 2501.18812, §2; Huang et al. 2020 for the ray method without importance sampling.
@@ -32,6 +32,7 @@ __all__ = ["ray_stream", "ray_volume"]
 
 Cost = Callable[[PyTree], Float[Array, ""]]
 
+
 def ray_volume(
     key: Key[Array, ""],
     cost: Cost,
@@ -49,8 +50,8 @@ def ray_volume(
 ) -> VolumeEstimate:
     """Estimate the log prior mass of the star region around `params`; pure, so it may be called under jit and vmap.
 
-    Forward passes only. log mean w over `num_rays` independent rays, with a certified lower bound and the tail diagnostic
-    that decides whether the number is an estimate or only a bound.
+    Forward passes only. log mean w over `num_rays` independent rays, with a certified lower bound and the tail
+    diagnostic that decides whether the number is an estimate or only a bound.
 
     Args:
         key: typed threefry key; ray i uses `fold_in(fold_in(key, 0), i)`.
@@ -72,8 +73,8 @@ def ray_volume(
         JAX's default float dtype. Trouble of single rays is data: see `status` and `trace`.
 
     Raises:
-        ValueError: arguments that do not fit each other. On concrete values also: NaN in the anchor, a cutoff ≤ 0, a cost
-            at the anchor above the cutoff. Under a trace the latter give a log mass of −inf.
+        ValueError: arguments that do not fit each other. On concrete values also: NaN in the anchor, a cutoff ≤ 0, a
+            cost at the anchor above the cutoff. Under a trace the latter give a log mass of −inf.
 
     Example:
         >>> import jax, jax.numpy as jnp, volumejax as vj
@@ -85,7 +86,18 @@ def ray_volume(
     Reference: Scherlis & Belrose, arXiv 2501.18812, equations 4-8.
     """
     key, question, lanes, stride = _pose(
-        key, cost, params, prior, cutoff, proposal, num_rays, tolerance, batch_size, audit_fraction, max_evaluations, mesh
+        key,
+        cost,
+        params,
+        prior,
+        cutoff,
+        proposal,
+        num_rays,
+        tolerance,
+        batch_size,
+        audit_fraction,
+        max_evaluations,
+        mesh,
     )
     estimate = _estimate(key, question, num_rays, stride, lanes)
     if not is_traced(estimate):
@@ -145,7 +157,18 @@ def ray_stream(
         [64, 96]
     """
     key, question, lanes, stride = _pose(
-        key, cost, params, prior, cutoff, proposal, num_rays, tolerance, batch_size, audit_fraction, max_evaluations, mesh
+        key,
+        cost,
+        params,
+        prior,
+        cutoff,
+        proposal,
+        num_rays,
+        tolerance,
+        batch_size,
+        audit_fraction,
+        max_evaluations,
+        mesh,
     )
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
@@ -163,7 +186,7 @@ def _pose(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not 0.0 <= audit_fraction <= 1.0:
         raise ValueError(f"audit_fraction must lie between 0 and 1, got {audit_fraction}")
-    if not is_traced(tolerance) and not float(tolerance) > 0.0:
+    if not is_traced(tolerance) and not float(np.asarray(tolerance)) > 0.0:
         raise ValueError(f"tolerance must be a positive number of nats, got {tolerance}")
     params = check_question(cost, params, prior, cutoff)
     proposal.check(params)
@@ -177,14 +200,14 @@ def _pose(
         region=Star(),
         max_evaluations=max_evaluations,
         mesh=mesh,
-        callers_x64=jax.config.jax_enable_x64,
+        callers_x64=bool(jax.config.read("jax_enable_x64")),
     )
     batch = default_batch_size(tree.size(params)) if batch_size is None else batch_size
     return key, question, batch * num_devices(mesh), round(1.0 / audit_fraction) if audit_fraction > 0.0 else 0
 
 
 class _Context(eqx.Module):
-    """What the summary needs besides the rays: kept free of the question's shapes, so that it compiles once per count."""
+    """What the summary needs besides the rays; free of the question's shapes, so that it compiles once per count."""
 
     prior_term: Float[Array, ""]
     noise: Float[Array, ""]
@@ -201,7 +224,7 @@ def _context(question: Question, campaign: Campaign) -> _Context:
             prior_term=question.prior.anchor_term(question.params),
             noise=question.dimension / scouting.power * scouting.noise / join(question.cutoff),
             resolution=join(question.tolerance),
-            scout_evaluations=jnp.sum(campaign.scout_evaluations),
+            scout_evaluations=jnp.sum(campaign.scout_evaluations, dtype=jnp.int32),
             proper=question.prior.proper,
             region=question.region.name,
         )
@@ -321,7 +344,7 @@ def _summarise(rays: RayBatch, context: _Context) -> VolumeEstimate:
         )
 
 
-def _spread(log_weights: Float[Array, "rays"]) -> Float[Array, ""]:
+def _spread(log_weights: Float[Array | np.ndarray, "rays"]) -> Float[Array, ""]:
     """Return the standard deviation; +inf where some rays have no weight, or there is but one."""
     if log_weights.shape[0] < 2:
         return jnp.full((), jnp.inf, jnp.float64)
@@ -342,5 +365,6 @@ def _split(value: ArrayLike) -> tuple[Array, Array]:
     """Return two float32 numbers whose sum is `value` to float64 accuracy: traced, so that a sweep compiles once."""
     if is_traced(value):
         return jnp.asarray(value, jnp.float32), jnp.zeros((), jnp.float32)
+    value = np.asarray(value, np.float64)
     head = np.float32(value)
-    return jnp.asarray(head), jnp.asarray(np.float32(float(value) - float(head)))
+    return jnp.asarray(head), jnp.asarray(np.float32(value - head))

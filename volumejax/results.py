@@ -60,7 +60,8 @@ class RayBatch(eqx.Module):
     radius: Float[Array | np.ndarray, "*rays"]
     """Euclidean distance from the anchor to the largest point verified inside; +inf where the ray never crosses."""
     shortfall: Float[Array | np.ndarray, "*rays"]
-    """Estimated volume left between that point and the crossing itself, in nats: what makes the weight a lower bound."""
+    """Estimated volume left between that point and the crossing itself, in nats: what makes the weight a lower
+    bound."""
     status: Int[Array | np.ndarray, "*rays"]
     evaluations: Int[Array | np.ndarray, "*rays"]
     executed: Int[Array | np.ndarray, "*rays"]
@@ -95,7 +96,8 @@ class VolumeEstimate(eqx.Module):
     """Kish effective sample size."""
     pareto_k: Float[Array, ""]
     noise: Float[Array, ""]
-    """Effect of the cost's rounding, D/2 times its relative noise at the cutoff; shared by all rays, so not in `std_error`."""
+    """Effect of the cost's rounding, D/2 times its relative noise at the cutoff; shared by all rays, so not in
+    `std_error`."""
     scout_evaluations: Int[Array, ""]
     """Cost evaluations spent on finding scale and noise before the first ray."""
     num_rays: int = eqx.field(static=True)
@@ -105,12 +107,12 @@ class VolumeEstimate(eqx.Module):
     trace: RayBatch | None = None
 
     @property
-    def bits(self) -> Array:
+    def bits(self) -> Any:
         """Complexity in bits, −log_mass / ln 2."""
         return -self.log_mass / math.log(2.0)
 
     @property
-    def log10(self) -> Array:
+    def log10(self) -> Any:
         """The base-10 logarithm of the mass."""
         return self.log_mass / math.log(10.0)
 
@@ -157,7 +159,9 @@ class VolumeEstimate(eqx.Module):
                 "compute the cost more accurately"
             )
         if counts.get("non_finite"):
-            remarks.append(f"{counts['non_finite']} of {n} rays end where the cost is NaN or infinite (counted as outside)")
+            remarks.append(
+                f"{counts['non_finite']} of {n} rays end where the cost is NaN or infinite (counted as outside)"
+            )
         if counts.get("unresolved"):
             remarks.append(f"{counts['unresolved']} of {n} rays used up their evaluations; raise max_evaluations")
         if np.isposinf(self.log_mass):

@@ -108,9 +108,7 @@ def weighted_chi_square(weights: Numbers, noncentrality: Numbers, x: float) -> L
     return chi_square_series(weights, noncentrality, x) or chi_square_contour(weights, noncentrality, x)
 
 
-def chi_square_series(
-    weights: Numbers, noncentrality: Numbers, x: float, *, max_terms: int = 4000
-) -> LogMass | None:
+def chi_square_series(weights: Numbers, noncentrality: Numbers, x: float, *, max_terms: int = 4000) -> LogMass | None:
     r"""Return log Pr(Q ≤ x) for Q = Σ λᵢ χ²₁(δᵢ²) by Ruben's series, or None if that is long.
 
     .. math::
@@ -207,9 +205,7 @@ def chi_square_contour(weights: Numbers, noncentrality: Numbers, x: float) -> Lo
     second = np.sum(v**2 * (0.5 * count + delta / q))  # u²K″ and u³K‴
     third = np.sum(v**3 * (count + 3.0 * delta / q))
     bend = third / (6.0 * second * u)
-    return _invert(
-        cumulant, 1.0, saddle=-u, width=u / np.sqrt(second + 1.0), distance=u, bend=bend, cost=lam.size
-    )
+    return _invert(cumulant, 1.0, saddle=-u, width=u / np.sqrt(second + 1.0), distance=u, bend=bend, cost=lam.size)
 
 
 def weighted_log_gamma(shapes: Numbers, powers: Numbers, log_x: float) -> LogMass:
@@ -304,9 +300,7 @@ def _invert(
         s = np.asarray(saddle + 1j * tau + bend * tau**2, np.complex128)
         exponent = cumulant(s) - s * x - np.log(-s) - peak
         if bend > 0 and np.any(np.diff(exponent.real[exponent.real > -50.0]) > 1e-6):
-            return _invert(
-                cumulant, x, saddle=saddle, width=width, distance=distance, bend=bend / 4.0, cost=cost
-            )
+            return _invert(cumulant, x, saddle=saddle, width=width, distance=distance, bend=bend / 4.0, cost=cost)
         term = np.exp(exponent) * (1.0 - 2j * bend * tau) * np.where(index == 0, 0.5, 1.0)
         mass += term.sum().real
         density += (-s * term).sum().real
@@ -323,8 +317,6 @@ def _root(function: Callable[[float], float], low: float, high: float) -> float:
 
 def _group(weights: Numbers, noncentrality: Numbers) -> tuple[Vector, Vector, Vector]:
     """Return the distinct weights in rising order, how many have each, and their total noncentrality."""
-    distinct, index, count = np.unique(
-        np.asarray(weights, np.float64), return_inverse=True, return_counts=True
-    )
+    distinct, index, count = np.unique(np.asarray(weights, np.float64), return_inverse=True, return_counts=True)
     delta = np.bincount(index, weights=np.asarray(noncentrality, np.float64), minlength=distinct.size)
     return distinct, np.asarray(count, np.float64), np.asarray(delta, np.float64)

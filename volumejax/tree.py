@@ -68,7 +68,8 @@ def normal_like(key: Key[Array, ""], tree: PyTree) -> PyTree:
 
 
 def _normal(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
-    # Drawn flat and in whole vector registers: XLA's CPU compiler takes four times as long over the generator for odd shapes.
+    # Drawn flat and in whole vector registers: XLA's CPU compiler takes four times as long over the generator for odd
+    # shapes.
     count = math.prod(shape)
     return jnp.reshape(jax.random.normal(key, (-(-count // 64) * 64,), jnp.float32)[:count], shape)
 
@@ -86,8 +87,7 @@ def broadcast_to(value: Any, tree: PyTree, name: str) -> PyTree:
         ValueError: the structures differ, or a leaf has another shape; the leaf is named.
     """
     treedef = jax.tree.structure(tree)
-    is_leaf = value is not None and jax.tree_util.treedef_is_leaf(jax.tree.structure(value))
-    if is_leaf and jnp.ndim(value) == 0:
+    if value is not None and jax.tree_util.treedef_is_leaf(jax.tree.structure(value)) and jnp.ndim(value) == 0:
         return jax.tree.unflatten(treedef, [value] * treedef.num_leaves)
     if jax.tree.structure(value) != treedef:
         raise ValueError(

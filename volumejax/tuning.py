@@ -1,5 +1,6 @@
 """Proposals made from what is known of the anchor: optimizer moments and curvature."""
 
+import math
 from typing import Any
 
 import jax
@@ -85,8 +86,8 @@ def curvature_proposal(
 ) -> Diagonal | Dense:
     r"""Return the Gaussian approximation of the tempered posterior, :math:`\propto \pi(\theta) e^{-\beta C(\theta)}`.
 
-    Directions have :math:`\Sigma^{-1} = \beta H + \Lambda` and :math:`\mu = -\Sigma \Lambda (\theta_0 - m)`, with Λ and m the
-    prior's precision and mean.
+    Directions have :math:`\Sigma^{-1} = \beta H + \Lambda` and :math:`\mu = -\Sigma \Lambda (\theta_0 - m)`, with Λ
+    and m the prior's precision and mean.
 
     Args:
         curvature: H, the Hessian (or GGN) of the cost at the anchor: a pytree like the parameters for its diagonal, or
@@ -116,7 +117,9 @@ def curvature_proposal(
     pull = _ravel64(prior.displacement(params)) if hasattr(prior, "displacement") else np.zeros_like(precision)
     if beta is None:
         if cutoff is None:
-            raise ValueError("curvature_proposal needs either beta or cutoff; pass the cutoff of the volume to be estimated")
+            raise ValueError(
+                "curvature_proposal needs either beta or cutoff; pass the cutoff of the volume to be estimated"
+            )
         beta = matching_beta(h, precision, cutoff)
     unravel = ravel_pytree(jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), jnp.float32), params))[1]
     if dense:
@@ -124,7 +127,9 @@ def curvature_proposal(
         matrix[np.diag_indices_from(matrix)] += precision
         factor = _inverse_cholesky(matrix)
         mean = -factor @ (factor.T @ (precision * pull)) if shift and np.any(precision * pull) else None
-        return Dense(jnp.asarray(factor, jnp.float32), None if mean is None else unravel(jnp.asarray(mean, jnp.float32)))
+        return Dense(
+            jnp.asarray(factor, jnp.float32), None if mean is None else unravel(jnp.asarray(mean, jnp.float32))
+        )
     total = beta * h + precision
     if not np.all(total > 0.0):
         raise ValueError(
@@ -137,12 +142,14 @@ def curvature_proposal(
     )
 
 
-def matching_beta(curvature: Float[np.ndarray, "D"] | Float[np.ndarray, "D D"], precision: np.ndarray, cutoff: float) -> float:
+def matching_beta(
+    curvature: Float[np.ndarray, "D"] | Float[np.ndarray, "D D"], precision: np.ndarray, cutoff: float
+) -> float:
     r"""Return the β whose tempered posterior is closest to the region {C ≤ ε} of the quadratic model.
 
     It solves :math:`\tfrac12 \mathrm{tr}\, H(\beta H + \Lambda)^{-1} + 1/\beta = \epsilon`, the saddle point of
-    :math:`\mathrm{mass}(\epsilon) = \int Z(\beta) e^{\beta\epsilon}\, d\beta / 2\pi i\beta`. The term 1/β stands for the hard
-    edge: for a flat prior β = (D+2)/2ε, whose Gaussian has the covariance of the ellipsoid itself.
+    :math:`\mathrm{mass}(\epsilon) = \int Z(\beta) e^{\beta\epsilon}\, d\beta / 2\pi i\beta`. The term 1/β stands for
+    the hard edge: for a flat prior β = (D+2)/2ε, whose Gaussian has the covariance of the ellipsoid itself.
 
     Args:
         curvature: H, diagonal or dense.
@@ -171,20 +178,24 @@ def matching_beta(curvature: Float[np.ndarray, "D"] | Float[np.ndarray, "D D"], 
 
     # The left-hand side lies between 1/β and (rank + 2)/2β.
     low, high = -float(np.log(cutoff)), float(np.log((0.5 * h.size + 1.0) / cutoff))
-    return float(np.exp(scipy.optimize.brentq(excess, low - 1e-6, high + 1e-6)))
+    root = scipy.optimize.brentq(excess, low - 1e-6, high + 1e-6)
+    return math.exp(float(root))  # pyright: ignore[reportArgumentType] - a tuple only with full_output
 
 
 def _is_dense(curvature: Any, params: PyTree) -> bool:
     """Return whether `curvature` is a matrix rather than a tree like the parameters, once a matrix is known to fit."""
     if not isinstance(curvature, jax.Array | np.ndarray) or curvature.ndim != 2:
         return False
-    if jax.tree.structure(params) == jax.tree.structure(curvature) and jnp.shape(jax.tree.leaves(params)[0]) == curvature.shape:
+    if (
+        jax.tree.structure(params) == jax.tree.structure(curvature)
+        and jnp.shape(jax.tree.leaves(params)[0]) == curvature.shape
+    ):
         return False
     dimension = tree.size(params)
     if curvature.shape != (dimension, dimension):
         raise ValueError(
-            f"curvature is an array of shape {curvature.shape}, but there are {dimension} parameters; pass a D × D matrix "
-            "or a pytree like the parameters"
+            f"curvature is an array of shape {curvature.shape}, but there are {dimension} parameters; "
+            "pass a D × D matrix or a pytree like the parameters"
         )
     return True
 

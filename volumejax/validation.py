@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
@@ -17,12 +18,10 @@ __all__ = ["check_question", "is_traced"]
 
 def is_traced(value: Any) -> bool:
     """Return whether any leaf of `value` is an abstract value inside a JAX transformation."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
 
 
-def check_question(
-    cost: Callable[[PyTree], Float[Array, ""]], params: PyTree, prior: Any, cutoff: ArrayLike
-) -> PyTree:
+def check_question(cost: Callable[[PyTree], Float[Array, ""]], params: PyTree, prior: Any, cutoff: ArrayLike) -> PyTree:
     """Return `params` as JAX arrays, once the question is known to make sense.
 
     Shapes and dtypes are always checked; values only where they are concrete.
@@ -36,11 +35,11 @@ def check_question(
     prior.check(params)
     if jnp.ndim(cutoff) != 0:
         raise ValueError(f"cutoff must be a scalar, got shape {jnp.shape(cutoff)}; vmap over cutoffs instead")
-    if not is_traced(cutoff) and not (float(cutoff) > 0.0 and np.isfinite(float(cutoff))):
+    if not is_traced(cutoff) and not (float(np.asarray(cutoff)) > 0.0 and np.isfinite(float(np.asarray(cutoff)))):
         raise ValueError(f"cutoff must be a positive, finite number of nats, got {cutoff}")
     _check_scalar(cost, params)
     if not is_traced((cost, params, cutoff)):
-        _check_anchor(cost, params, float(cutoff))
+        _check_anchor(cost, params, float(np.asarray(cutoff)))
     return params
 
 
@@ -49,7 +48,8 @@ def _check_finite(params: PyTree) -> None:
         # NumPy, since inside a transformation jax.numpy would trace even what is concrete.
         if not is_traced(leaf) and not np.all(np.isfinite(np.asarray(leaf))):
             raise ValueError(
-                f"params{jax.tree_util.keystr(path)} contains NaN or infinity; use a checkpoint from before training diverged"
+                f"params{jax.tree_util.keystr(path)} contains NaN or infinity; use a checkpoint from "
+                "before training diverged"
             )
 
 
@@ -70,8 +70,8 @@ def _check_anchor(cost: Callable[[PyTree], Array], params: PyTree, cutoff: float
     here = float(value)
     if not here <= cutoff:
         raise ValueError(
-            f"the cost at the anchor is {here:.6g} nats, not within the cutoff {cutoff:g}; raise the cutoff, or use a cost "
-            "that is 0 at the anchor such as kl_to_anchor or loss_gap"
+            f"the cost at the anchor is {here:.6g} nats, not within the cutoff {cutoff:g}; raise the cutoff, "
+            "or use a cost that is 0 at the anchor such as kl_to_anchor or loss_gap"
         )
 
 

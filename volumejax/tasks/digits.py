@@ -131,9 +131,7 @@ def _train(key: Array, inputs: Array, labels: Array, num_epochs: int) -> tuple[P
         updates, opt_state = optimizer.update(jax.grad(loss)(params, batch), opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), None
 
-    epochs = jax.vmap(lambda k: jax.random.permutation(k, len(labels)))(
-        jax.random.split(order_key, num_epochs)
-    )
+    epochs = jax.vmap(lambda k: jax.random.permutation(k, len(labels)))(jax.random.split(order_key, num_epochs))
     batches = epochs.reshape(num_epochs * num_batches, BATCH_SIZE)
     (params, opt_state), _ = jax.lax.scan(step, (params, optimizer.init(params)), batches)
     return params, opt_state
