@@ -98,8 +98,10 @@ def test_low_precision_networks_are_measured_in_float32(dtype):
 def test_the_anchor_has_cost_and_gradient_zero(batch_size):
     anchor, _, inputs, _, _ = network_problem(0, (10,))
     cost = behaviours.kl_to_anchor(network, anchor, inputs, batch_size=batch_size)
-    assert float(cost(anchor)) == 0.0
-    assert all(np.all(np.asarray(leaf) == 0.0) for leaf in jax.tree.leaves(jax.grad(cost)(anchor)))
+    # Two programs may round the same logits differently, by a few eps each; the cost is their square.
+    eps = float(jnp.finfo(jnp.float32).eps)
+    assert 0.0 <= float(cost(anchor)) <= (4 * eps) ** 2
+    assert all(np.all(np.abs(leaf) <= 16 * eps) for leaf in jax.tree.leaves(jax.grad(cost)(anchor)))
 
 
 @pytest.mark.parametrize("name", FACTORIES)
