@@ -1,6 +1,7 @@
 """What an estimate says of itself: texts with remedies, flat dictionaries, trees for xarray, and its life as a pytree.
 
-Mutations these catch: a bound printed as an equality, counts by position instead of by status, a remark that forgets its remedy.
+Mutations these catch: a bound printed as an equality, counts by position instead of by status, a remark without its
+remedy.
 """
 
 import dataclasses

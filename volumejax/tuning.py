@@ -113,6 +113,8 @@ def curvature_proposal(
     prior.check(params)
     dense = _is_dense(curvature, params)
     h = np.asarray(curvature, np.float64) if dense else _ravel64(_diagonal_curvature(curvature, params))
+    if not np.all(np.isfinite(h)):
+        raise ValueError("curvature has NaN or infinite entries; compute it where the cost is finite")
     precision = _ravel64(prior.precision(params))
     pull = _ravel64(prior.displacement(params)) if hasattr(prior, "displacement") else np.zeros_like(precision)
     if beta is None:

@@ -30,8 +30,8 @@ def check_question(cost: Callable[[PyTree], Float[Array, ""]], params: PyTree, p
         ValueError: naming the thing and the remedy.
     """
     tree.check_floating(params, "params")
-    params = jax.tree.map(jnp.asarray, params)
     _check_finite(params)
+    params = jax.tree.map(jnp.asarray, params)
     prior.check(params)
     if jnp.ndim(cutoff) != 0:
         raise ValueError(f"cutoff must be a scalar, got shape {jnp.shape(cutoff)}; vmap over cutoffs instead")
