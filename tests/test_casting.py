@@ -192,8 +192,11 @@ def test_the_cost_along_a_ray_runs_in_the_callers_precision():
 def test_the_floor_is_a_rounding_of_the_parameters():
     direction = {"w": jnp.full(4, 2.0), "b": jnp.zeros(2)}
     single = {"w": jnp.full(4, 3.0), "b": jnp.zeros(2)}
-    assert np.isclose(float(position_floor(single, direction)), 2.0**-23 * 6.0 / 4.0)
-    halves = {**single, "b": jnp.zeros(2, jnp.bfloat16)}
-    assert np.isclose(float(position_floor(halves, direction)), 2.0**-7 * 6.0 / 4.0)
+    assert np.isclose(float(position_floor(single, direction)), 2.0**-23 * 3.0 / 2.0)
+    halves = jax.tree.map(lambda x: x.astype(jnp.bfloat16), single)
+    assert np.isclose(float(position_floor(halves, direction)), 2.0**-7 * 3.0 / 2.0)
+    # The parameter that feels a step first decides: a large one beside it must not hide the step.
+    mixed = {"w": jnp.array([3.0, 3.0, 3e5, 3.0]), "b": jnp.zeros(2)}
+    assert float(position_floor(mixed, direction)) == float(position_floor(single, direction))
     at_zero = float(position_floor(jax.tree.map(jnp.zeros_like, single), direction))
     assert 0.0 < at_zero < 1e-30

@@ -67,6 +67,7 @@ def test_pareto_k_at_both_ends():
     assert np.isfinite(pareto_k(heavy(0.3, 25, 0)))
     assert pareto_k(np.linspace(-1e6, 0.0, 1000)) == np.inf  # the tail threshold underflows
     assert pareto_k(np.full(100, -np.inf)) == np.inf
+    assert pareto_k(np.repeat([-np.inf, 0.0], 50)) == -np.inf  # half the rays see nothing, the others the same
     assert pareto_k(np.append(np.zeros(99), np.nan)) == np.inf
     assert pareto_k(np.append(np.zeros(99), np.inf)) == np.inf
 

@@ -85,6 +85,17 @@ def test_a_minimum_away_from_the_priors_mean(proposal):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("cutoff", [200.0, 400.0])
+def test_the_shift_counts_in_the_choice_of_temperature(cutoff):
+    problem = reference.quadratic(np.ones(1000), cutoff=cutoff, minimum=1.0)
+    for seed in SEEDS:
+        estimate = measure(problem, seed, num_rays=500, proposal=matched(problem))
+        check_claim(estimate, problem.star_log_mass)
+        assert estimate.kind == Kind.ESTIMATE
+        assert estimate.std_log_weight <= 0.15
+
+
+@pytest.mark.slow
 def test_isotropic_rays_on_an_ellipsoid_are_labelled_a_bound():
     problem = FULL_RANK[-1]
     for seed in SEEDS:
@@ -282,6 +293,14 @@ def test_trouble_is_data_per_ray(name, cost, cutoff, status):
 def test_an_unbounded_region_under_an_improper_prior_is_infinite_and_says_so():
     estimate = vj.ray_volume(jax.random.key(0), lambda w: jnp.zeros(()), ANCHOR, vj.Lebesgue(), cutoff=0.5, num_rays=8)
     assert np.isposinf(estimate.log_mass) and "proper prior" in estimate.status
+    assert np.isneginf(estimate.lower) and estimate.bound_kind == BoundKind.NONE
+
+
+def test_an_anchor_outside_its_region_has_no_volume_under_a_trace():
+    with pytest.raises(ValueError, match="not within the cutoff"):
+        vj.ray_volume(jax.random.key(0), ball, ANCHOR + 1.0, UNIT, cutoff=0.5)
+    run = jax.jit(lambda w: vj.ray_volume(jax.random.key(0), ball, w, UNIT, cutoff=0.5, num_rays=32).log_mass)
+    assert np.isneginf(run(ANCHOR + 1.0)) and np.isneginf(run(ANCHOR + jnp.nan)) and np.isfinite(run(ANCHOR))
 
 
 def test_the_audit_finds_a_thin_wall_and_says_what_to_do():
@@ -291,6 +310,7 @@ def test_the_audit_finds_a_thin_wall_and_says_what_to_do():
     sampled = vj.ray_volume(jax.random.key(0), cost, ANCHOR, UNIT, audit_fraction=0.1, **options)
     assert sampled.violation_rate > 0.1
     assert sampled.bound_kind == BoundKind.NONE and "audit_fraction=1" in sampled.status
+    assert np.isneginf(sampled.lower) and sampled.kind == Kind.LOWER_BOUND
     everything = vj.ray_volume(jax.random.key(0), cost, ANCHOR, UNIT, audit_fraction=1.0, **options)
     assert everything.bound_kind == BoundKind.CERTIFIED
     cut = everything.trace.status == Status.NON_MONOTONE
@@ -298,6 +318,7 @@ def test_the_audit_finds_a_thin_wall_and_says_what_to_do():
     np.testing.assert_allclose(everything.trace.radius[cut], 0.094, rtol=0.02)
     unaudited = vj.ray_volume(jax.random.key(0), cost, ANCHOR, UNIT, audit_fraction=0.0, **options)
     assert not np.any(unaudited.trace.audited) and np.isnan(unaudited.violation_rate)
+    assert unaudited.bound_kind == BoundKind.NONE and np.isneginf(unaudited.lower)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,9 @@ GROWTH = 1.5
 """Largest factor by which an expansion step may pass the last inside point."""
 _TAIL = 1e-4
 """A ray whose remaining prior mass is worth less than this many nats counts as never crossing."""
+_FAR = 1e15
+"""A ray still inside at this many times its first guess, which it takes 85 expansions to reach, is taken never to
+cross."""
 _CLOSE = 0.05
 """Share of the tolerance within which the inner end has to lie to the interpolated crossing."""
 
@@ -79,6 +82,7 @@ class _Rules(eqx.Module):
     floor: Array
     total: Array
     """Log volume of the whole ray."""
+    start: Array
     leap: Array
 
 
@@ -131,14 +135,16 @@ def first_crossing(
         The bracket, its volume, `Status`, number of evaluations and local power; float64.
     """
     with jax.enable_x64(True):
-        values = (jnp.asarray(x).astype(jnp.float64) for x in (cutoff, tolerance, power, noise, limit, floor, total))
+        values = (
+            jnp.asarray(x).astype(jnp.float64) for x in (cutoff, tolerance, power, noise, limit, floor, total, start)
+        )
         rules = _Rules(*values, leap=jnp.asarray(leap))
         known = open_bracket() if bracket is None else bracket
         begin = _Search(
             bracket=known,
             volumes=jnp.asarray([-jnp.inf, jnp.inf], jnp.float64),
             slope=jnp.ones((), jnp.float64),
-            trial=jnp.minimum(jnp.asarray(start).astype(jnp.float64), rules.limit),
+            trial=jnp.minimum(rules.start, rules.limit),
             points=jnp.full((2, 3), jnp.nan, jnp.float64),
             widths=jnp.full((2,), jnp.inf, jnp.float64),
             shrinks=jnp.zeros((), jnp.int32),
@@ -162,7 +168,8 @@ def first_crossing(
             begin = jax.tree.map(lambda a, b: jnp.where(fresh, a, b), begin, ready)
         end = jax.lax.while_loop(lambda s: ~s.done & (s.evaluations < max_evaluations), body, begin)
 
-        unbounded = ~end.done & jnp.isinf(end.bracket.outside) & (end.bracket.inside > 0.0)
+        far = end.bracket.inside >= _FAR * rules.start
+        unbounded = ~end.done & jnp.isinf(end.bracket.outside) & far
         # Under an improper prior a ray without end has infinite volume.
         endless = unbounded & jnp.isposinf(rules.total)
         return Crossing(
@@ -266,7 +273,7 @@ def _propose(search: _Search, rules: _Rules) -> Array:
     width = x_high - x_low
     slow = width > 0.5 * search.widths[1]
     good = jnp.isfinite(root) & (root >= x_low) & (root <= x_high) & ~slow
-    closing = (aim - x_low <= 0.01 * step) & (width > step)
+    closing = (aim - x_low <= 0.01 * step) & (width > 1.5 * step)
     inner = jnp.where(good, jnp.clip(aim, x_low, x_high - 0.003 * step), 0.5 * (x_low + x_high))
     between = jnp.where(closing, x_low + step, inner)
 

@@ -51,7 +51,7 @@ class Errand(enum.IntEnum):
     SCOUT = 1
     """Trace scouts from far inside outwards."""
     MEASURE = 2
-    """Measure the cost's noise where the scouts left the region."""
+    """Measure the cost's noise where the scouts left the region, and the cost of the anchor."""
     TRACE = 3
     """Trace rays, starting where the scouts left the region."""
     AUDIT = 4
@@ -97,6 +97,7 @@ class Campaign(eqx.Module):
     scout_power: Float[Array, "scouts"]
     scout_noise: Float[Array, "scouts"]
     scout_evaluations: Int[Array, "scouts"]
+    anchor_cost: Float[Array, ""]
     reach: Float[Array, "rays"]
     """How far each ray was verified, in units of its direction."""
 
@@ -106,14 +107,15 @@ class Campaign(eqx.Module):
         with jax.enable_x64(True):
             unknown = jnp.full((NUM_SCOUTS,), jnp.nan, jnp.float64)
             none = jnp.zeros((NUM_SCOUTS,), jnp.int32)
-            return cls(unknown, unknown, unknown, none, jnp.zeros((num_rays,), jnp.float64))
+            return cls(unknown, unknown, unknown, none, unknown[0], jnp.zeros((num_rays,), jnp.float64))
 
     def scouting(self, question: Question) -> Scouting:
         """Return the medians over the scouts, with defaults where they found nothing."""
         with jax.enable_x64(True):
             start = jnp.exp(jnp.nanmedian(jnp.log(self.scout_reach)))
             power = jnp.nanmedian(self.scout_power)
-            noise = jnp.sqrt(jnp.nanmean(jnp.square(self.scout_noise)))
+            # The median of |x| is 0.6745 standard deviations; a scout that met a wall does not spoil it.
+            noise = jnp.nanmedian(jnp.abs(self.scout_noise)) / 0.6745
             return Scouting(
                 start=jnp.where(jnp.isfinite(start), start, 1.0),
                 power=jnp.where(jnp.isfinite(power), jnp.clip(power, 0.5, 20.0), 2.0),
@@ -183,12 +185,18 @@ def cost_along(question: Question, direction: PyTree) -> Callable[[Float[Array, 
 
 
 def position_floor(params: PyTree, direction: PyTree) -> Float[Array, ""]:
-    """Return the distance below which a step disappears in the rounding of the parameters."""
+    """Return the distance below which a step disappears in the rounding of every parameter."""
+
+    def of_leaf(x: Array, y: Array) -> Array:
+        limit = jnp.finfo(x.dtype)
+        size, speed = jnp.abs(x).astype(jnp.float64), jnp.abs(y).astype(jnp.float64)
+        smallest = float(limit.eps) * size + float(limit.tiny)
+        return jnp.min(jnp.where(speed > 0.0, smallest / jnp.where(speed > 0.0, speed, 1.0), jnp.inf), initial=jnp.inf)
+
     with jax.enable_x64(True):
-        limits = [jnp.finfo(leaf.dtype) for leaf in jax.tree.leaves(params)]
-        epsilon, tiny = (max(float(getattr(limit, name)) for limit in limits) for name in ("eps", "tiny"))
-        length = jnp.sqrt(tree.dot(direction, direction))
-        return (epsilon * jnp.sqrt(tree.dot(params, params)) + tiny * tree.size(params)) / length
+        floors = jax.tree.map(of_leaf, params, direction)
+        floor = jax.tree.reduce(jnp.minimum, floors, jnp.full((), jnp.inf, jnp.float64))
+        return jnp.where(jnp.isfinite(floor), floor, 0.0)
 
 
 class _Aim(eqx.Module):
@@ -210,13 +218,14 @@ def _run_errand(
     of_errand = jax.random.fold_in(key, jnp.where(ahead, _SCOUTS, _RAYS))
     keys = jax.vmap(lambda i: jax.random.fold_in(of_errand, i))(indices)
     aims = jax.vmap(lambda key: _aim(key, question))(keys)
+    audit_keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, _AUDIT), i))(indices)
 
     with jax.enable_x64(True):
         of_scouts = campaign.scout_reach[jnp.minimum(indices, NUM_SCOUTS - 1)]
         of_rays = campaign.reach[jnp.minimum(indices, campaign.reach.shape[0] - 1)]
         reach = jnp.where(ahead, of_scouts, of_rays)
         reach = jnp.where(jnp.isfinite(reach), reach, 0.0)
-        points, num_points = _points(keys, question, errand, reach)
+        points, num_points = _points(audit_keys, question, errand, reach)
     costs = _look(question, aims, points, num_points)
 
     known, violated = jax.vmap(lambda p, c: _known(p, c, errand, _cutoff(question)), in_axes=1)(points, costs)
@@ -254,11 +263,12 @@ def _points(
 ) -> tuple[Float[Array, "points lanes"], Int[Array, ""]]:
     """Return the distances to look at, and how many of them this errand needs."""
     with jax.enable_x64(True):
-        interior = jax.vmap(lambda key: question.region.fractions(jax.random.fold_in(key, _AUDIT)))(keys).T
+        interior = jax.vmap(lambda key: question.region.fractions(key))(keys).T
         count = interior.shape[0]
-        around = 1.0 + _NOISE_STEP * (jnp.arange(count, dtype=jnp.float64) - 1.0)
-        shares = jnp.where(errand == Errand.AUDIT, interior, around[:, None])
-        needed = jnp.where(errand == Errand.AUDIT, count, jnp.where(errand == Errand.MEASURE, 3, 0))
+        # Three neighbours on the near side of the crossing, since beyond it there may be a wall, and the anchor itself.
+        near = jnp.concatenate([1.0 - _NOISE_STEP * jnp.arange(3.0), jnp.zeros(count - 3)])
+        shares = jnp.where(errand == Errand.AUDIT, interior, near[:, None])
+        needed = jnp.where(errand == Errand.AUDIT, count, jnp.where(errand == Errand.MEASURE, 4, 0))
         return reach[None] * shares, needed.astype(jnp.int32)
 
 
@@ -372,6 +382,7 @@ def _note(
             .set(crossings.evaluations, mode="drop")
             .at[measure]
             .add(num_points, mode="drop"),
+            anchor_cost=jnp.where(errand == Errand.MEASURE, costs[3, 0], campaign.anchor_cost),
             reach=campaign.reach.at[trace].set(reach, mode="drop"),
         )
 

@@ -50,11 +50,11 @@ def pareto_k(log_weights: Float[Array | np.ndarray, "rays"], resolution: ArrayLi
 
     Args:
         log_weights: log importance weights, in nats.
-        resolution: how well each of them is known, in nats; a smaller range counts as equal weights.
+        resolution: how well each of them is known, in nats; a tail narrower than that is no tail.
 
     Returns:
-        k-hat: −inf for equal weights; +inf where nothing can be fitted (fewer than 25 weights, a NaN or +inf
-        among them, or a tail threshold below the smallest float64 relative to the largest weight).
+        k-hat: −inf where the largest weights are equal; +inf where nothing can be fitted (fewer than 25 weights, a NaN
+        or +inf among them, or a tail threshold below the smallest float64 relative to the largest weight).
     """
     with jax.enable_x64(True):
         n = log_weights.shape[0]
@@ -65,13 +65,13 @@ def pareto_k(log_weights: Float[Array | np.ndarray, "rays"], resolution: ArrayLi
         w = jnp.sort(_relative(x))
         threshold = w[n - tail - 1]
         excess = w[n - tail :] - threshold
-        spread = jnp.max(x) - jnp.min(x)
-        equal = spread <= jnp.maximum(resolution, 64.0 * jnp.finfo(jnp.float64).eps)
+        ordered = jnp.sort(x)
+        flat = ordered[-1] - ordered[n - tail - 1] <= jnp.maximum(resolution, 64.0 * jnp.finfo(jnp.float64).eps)
         top = jnp.max(x)
         fits = jnp.isfinite(top) & (threshold > jnp.finfo(jnp.float64).tiny) & (excess[-1] > 0.0)
         k = _fit_shape(jnp.where(fits, excess, jnp.arange(1.0, tail + 1.0)))
         k = jnp.where(jnp.isfinite(k), k, jnp.inf)
-        return jnp.where(jnp.isfinite(top) & equal, -jnp.inf, jnp.where(fits, k, jnp.inf))
+        return jnp.where(jnp.isfinite(top) & flat, -jnp.inf, jnp.where(fits, k, jnp.inf))
 
 
 def certified_lower(log_weights: Float[Array | np.ndarray, "rays"], probability: float = 0.05) -> Float[Array, ""]:

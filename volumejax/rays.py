@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from volumejax import tree
 from volumejax.casting import Campaign, Errand, Plan, Question, cast, join, plan_rays, plan_scouts
@@ -64,7 +64,8 @@ def ray_volume(
         num_rays: number of rays, n.
         tolerance: largest error of one ray's log volume by the boundary search, in nats.
         batch_size: rays traced at once; None chooses by D and backend. Does not change the result.
-        audit_fraction: share of rays checked at 32 interior points; violations shrink the ray and are counted.
+        audit_fraction: share of rays checked at 32 interior points; violations shrink the ray and are counted. Where
+            one is found and not all rays were checked, or where none was checked, no bound is certified.
         max_evaluations: evaluation budget of one ray.
         mesh: device mesh with an axis `rays`; None for one device.
 
@@ -212,6 +213,8 @@ class _Context(eqx.Module):
     prior_term: Float[Array, ""]
     noise: Float[Array, ""]
     resolution: Float[Array, ""]
+    answerable: Bool[Array, ""]
+    """Whether the anchor lies in its own region; under a trace this cannot be refused beforehand."""
     scout_evaluations: Int[Array, ""]
     proper: bool = eqx.field(static=True)
     region: str = eqx.field(static=True)
@@ -223,7 +226,8 @@ def _context(question: Question, campaign: Campaign) -> _Context:
         return _Context(
             prior_term=question.prior.anchor_term(question.params),
             noise=question.dimension / scouting.power * scouting.noise / join(question.cutoff),
-            resolution=join(question.tolerance),
+            resolution=jnp.minimum(join(question.tolerance), 0.1),
+            answerable=campaign.anchor_cost <= join(question.cutoff),
             scout_evaluations=jnp.sum(campaign.scout_evaluations, dtype=jnp.int32),
             proper=question.prior.proper,
             region=question.region.name,
@@ -313,21 +317,22 @@ def _summarise(rays: RayBatch, context: _Context) -> VolumeEstimate:
     """Reduce the rays to an estimate, in float64."""
     count = rays.log_weight.shape[0]
     with jax.enable_x64(True):
-        x = rays.log_weight.astype(jnp.float64)
+        x = jnp.where(context.answerable, rays.log_weight.astype(jnp.float64), -jnp.inf)
         log_mass = log_mean_exp(x)
         weight = jax.nn.softmax(jnp.where(jnp.isneginf(log_mass), 0.0, x))
         shortfall = jnp.sum(weight * rays.shortfall.astype(jnp.float64))
         k = pareto_k(x, context.resolution)
-        only_bound = ~(k <= pareto_k_limit(count))
-        # A violation among the audited says that others went unseen: then the weights are too large.
+        # A violation among the audited says that others went unseen: then some weights are too large.
         unseen = jnp.any(rays.violated) & ~jnp.all(rays.audited)
+        only_bound = ~(k <= pareto_k_limit(count)) | unseen
+        uncertified = unseen | ~jnp.any(rays.audited) | jnp.isposinf(log_mass)
         return VolumeEstimate(
             log_mass=log_mass,
             std_error=jnp.where(only_bound, jnp.inf, jnp.hypot(log_mean_error(x), shortfall)),
-            lower=certified_lower(x),
+            lower=jnp.where(uncertified, -jnp.inf, certified_lower(x)),
             upper=jnp.asarray(0.0 if context.proper else jnp.inf, jnp.float64),
             kind=jnp.where(only_bound, Kind.LOWER_BOUND, Kind.ESTIMATE).astype(jnp.int32),
-            bound_kind=jnp.where(unseen, BoundKind.NONE, BoundKind.CERTIFIED).astype(jnp.int32),
+            bound_kind=jnp.where(uncertified, BoundKind.NONE, BoundKind.CERTIFIED).astype(jnp.int32),
             hysteresis=jnp.full((2,), jnp.nan, jnp.float64),
             prior_term=context.prior_term,
             volume_term=log_mass - context.prior_term,

@@ -79,7 +79,8 @@ class VolumeEstimate(eqx.Module):
     """Standard error of `log_mass`, the shortfall of the boundary search included; +inf where the tail diagnostic says
     that none can be given."""
     lower: Float[Array, ""]
-    """Certified lower bound at 95 % (see `bound_kind`)."""
+    """Certified lower bound at 95 %, −∞ where `bound_kind` is NONE. Rays certify it for the star as the audit sees
+    it."""
     upper: Float[Array, ""]
     """What can be proved from above: 0 under a proper prior, +inf otherwise."""
     kind: Int[Array, ""]
@@ -172,6 +173,8 @@ class VolumeEstimate(eqx.Module):
                 f"{100 * rate:.1f} % of audited rays had left the region before the crossing found; "
                 "audit all of them with audit_fraction=1"
             )
+        elif math.isnan(rate) and self.trace is not None:
+            remarks.append("no ray was audited, so no bound is certified; set audit_fraction above 0")
         return remarks
 
     def to_dict(self) -> dict[str, float | int | str]:

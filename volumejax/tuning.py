@@ -122,7 +122,7 @@ def curvature_proposal(
             raise ValueError(
                 "curvature_proposal needs either beta or cutoff; pass the cutoff of the volume to be estimated"
             )
-        beta = matching_beta(h, precision, cutoff)
+        beta = matching_beta(h, precision, cutoff, pull if shift else None)
     unravel = ravel_pytree(jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), jnp.float32), params))[1]
     if dense:
         matrix = beta * h
@@ -145,11 +145,15 @@ def curvature_proposal(
 
 
 def matching_beta(
-    curvature: Float[np.ndarray, "D"] | Float[np.ndarray, "D D"], precision: np.ndarray, cutoff: float
+    curvature: Float[np.ndarray, "D"] | Float[np.ndarray, "D D"],
+    precision: np.ndarray,
+    cutoff: float,
+    displacement: np.ndarray | None = None,
 ) -> float:
     r"""Return the β whose tempered posterior is closest to the region {C ≤ ε} of the quadratic model.
 
-    It solves :math:`\tfrac12 \mathrm{tr}\, H(\beta H + \Lambda)^{-1} + 1/\beta = \epsilon`, the saddle point of
+    It solves :math:`\mathbb{E}_\beta C + 1/\beta = \epsilon` with
+    :math:`\mathbb{E}_\beta C = \tfrac12 \mathrm{tr}\, H\Sigma + \tfrac12 \mu^\top H \mu`, the saddle point of
     :math:`\mathrm{mass}(\epsilon) = \int Z(\beta) e^{\beta\epsilon}\, d\beta / 2\pi i\beta`. The term 1/β stands for
     the hard edge: for a flat prior β = (D+2)/2ε, whose Gaussian has the covariance of the ellipsoid itself.
 
@@ -157,31 +161,40 @@ def matching_beta(
         curvature: H, diagonal or dense.
         precision: diagonal of Λ.
         cutoff: ε in nats.
+        displacement: θ0 − m, where the proposal is to be shifted towards the prior's mean; None for μ = 0.
 
     Example:
         >>> import numpy as np
-        >>> round(matching_beta(np.ones(2), np.zeros(2), cutoff=0.01), 6)  # (D + 2) / 2ε
-        200.0
+        >>> round(matching_beta(np.ones(10), np.zeros(10), cutoff=0.5), 6)
+        12.0
     """
     if not cutoff > 0.0:
         raise ValueError(f"cutoff must be a positive number of nats, got {cutoff}")
+    # In units of the prior's width, where it has one; a flat prior leaves H as it is.
+    root = np.sqrt(np.where(precision > 0.0, precision, 1.0))
+    pull = np.zeros_like(root) if displacement is None else root * displacement * (precision > 0.0)
+    unit = (precision > 0.0).astype(np.float64)
     if curvature.ndim == 2:
-        # A flat prior leaves the eigenvalues of H as they are.
-        root = 1.0 / np.sqrt(np.where(precision > 0.0, precision, 1.0))
-        h, precision = np.linalg.eigvalsh(curvature * root * root[:, None]), (precision > 0.0).astype(np.float64)
+        h, vectors = np.linalg.eigh(curvature / root / root[:, None])
+        pull = vectors.T @ pull
     else:
-        h = curvature
+        h = curvature / root**2
     keep = h > 1e-12 * h.max(initial=0.0)
-    h, precision = h[keep], precision[keep]
+    h, unit, pull = h[keep], unit[keep], pull[keep]
 
     def excess(log_beta: float) -> float:
-        beta = np.exp(log_beta)
-        return float(np.log(0.5 * np.sum(h / (beta * h + precision)) + 1.0 / beta) - np.log(cutoff))
+        beta = math.exp(log_beta)
+        total = beta * h + unit
+        mean_cost = 0.5 * np.sum(h / total) + 0.5 * np.sum(h * (unit * pull / total) ** 2)
+        return float(np.log(mean_cost + 1.0 / beta) - np.log(cutoff))
 
-    # The left-hand side lies between 1/β and (rank + 2)/2β.
-    low, high = -float(np.log(cutoff)), float(np.log((0.5 * h.size + 1.0) / cutoff))
-    root = scipy.optimize.brentq(excess, low - 1e-6, high + 1e-6)
-    return math.exp(float(root))  # pyright: ignore[reportArgumentType] - a tuple only with full_output
+    # The left-hand side exceeds 1/β, and falls to 0.
+    low = -math.log(cutoff)
+    high = low
+    while excess(high) > 0.0:
+        high += 2.0
+    root_of_excess = scipy.optimize.brentq(excess, low - 1e-6, high + 1e-6)
+    return math.exp(float(root_of_excess))  # pyright: ignore[reportArgumentType] - a tuple only with full_output
 
 
 def _is_dense(curvature: Any, params: PyTree) -> bool:
