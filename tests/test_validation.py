@@ -56,7 +56,7 @@ def _strict():
             {"cost": shifted(0.5)},
             "the cost at the anchor is 0.5 nats, not within the cutoff 0.01; raise .* kl_to_anchor",
         ),
-        ({"cost": shifted(jnp.nan)}, "the cost at the anchor is nan nats"),
+        ({"cost": shifted(jnp.nan)}, "the cost at the anchor is NaN; check the data"),
         ({"cost": shifted(jnp.inf)}, "the cost at the anchor is inf nats"),
         ({"prior": Gaussian({"w": 1.0})}, "Gaussian sigma is a pytree of another structure"),
         ({"prior": UniformBox(0.0, 1.0)}, r"the anchor\['w'\] lies outside the UniformBox"),

@@ -273,9 +273,9 @@ def _propose(search: _Search, rules: _Rules) -> Array:
     width = x_high - x_low
     slow = width > 0.5 * search.widths[1]
     good = jnp.isfinite(root) & (root >= x_low) & (root <= x_high) & ~slow
-    closing = (aim - x_low <= 0.01 * step) & (width > 1.5 * step)
+    closing = (aim - x_low <= 0.01 * step) & (width > step)
     inner = jnp.where(good, jnp.clip(aim, x_low, x_high - 0.003 * step), 0.5 * (x_low + x_high))
-    between = jnp.where(closing, x_low + step, inner)
+    between = jnp.where(closing, x_low + jnp.minimum(step, 0.75 * width), inner)
 
     # Only inside points so far: outwards, by at most GROWTH.
     most = jnp.full((), math.log(GROWTH), jnp.float64)

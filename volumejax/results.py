@@ -146,7 +146,12 @@ class VolumeEstimate(eqx.Module):
     def _remarks(self) -> list[str]:
         remarks = []
         kind, n = Kind(int(self.kind)), self.num_rays
-        if kind is Kind.LOWER_BOUND:
+        if not self.log_mass > -np.inf:
+            remarks.append(
+                "no mass found: the anchor is outside the cutoff or the prior, or its parameters or cost are NaN; "
+                "check the cost at the anchor"
+            )
+        elif kind is Kind.LOWER_BOUND:
             remarks.append(
                 f"a lower bound: a few of {n} rays carry the weight (ESS {float(self.ess):.1f}, "
                 f"k-hat {float(self.pareto_k):.2f}); a proposal closer to the region's shape helps, more rays hardly do"
@@ -173,7 +178,7 @@ class VolumeEstimate(eqx.Module):
                 f"{100 * rate:.1f} % of audited rays had left the region before the crossing found; "
                 "audit all of them with audit_fraction=1"
             )
-        elif math.isnan(rate) and self.trace is not None:
+        elif math.isnan(rate) and BoundKind(int(self.bound_kind)) is BoundKind.NONE and self.trace is not None:
             remarks.append("no ray was audited, so no bound is certified; set audit_fraction above 0")
         return remarks
 

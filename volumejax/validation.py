@@ -68,6 +68,10 @@ def _check_anchor(cost: Callable[[PyTree], Array], params: PyTree, cutoff: float
     if is_traced(value):  # by what the cost closes over
         return
     here = float(value)
+    if np.isnan(here):
+        raise ValueError(
+            "the cost at the anchor is NaN; check the data, the labels and the parameters that the cost holds"
+        )
     if not here <= cutoff:
         raise ValueError(
             f"the cost at the anchor is {here:.6g} nats, not within the cutoff {cutoff:g}; raise the cutoff, "
