@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from volumejax.priors import Gaussian, UniformBox
-from volumejax.validation import check_question, is_traced
+from volumejax.tree import is_traced
+from volumejax.validation import check_question
 
 PARAMS = {"w": jnp.array([0.5, -0.5]), "b": jnp.array(0.25)}
 PRIOR = Gaussian(1.0)

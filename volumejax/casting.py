@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from volumejax import tree
 from volumejax.boundary import Bracket, Crossing, first_crossing, log_ratio, open_bracket
-from volumejax.parallel import cut, spread
+from volumejax.parallel import ABSENT, cut, spread
 from volumejax.priors import Line
 from volumejax.proposals import RayDraw
 from volumejax.radial import radial, radial_and_slope, radial_mode
@@ -263,7 +263,7 @@ def _points(
 ) -> tuple[Float[Array, "points lanes"], Int[Array, ""]]:
     """Return the distances to look at, and how many of them this errand needs."""
     with jax.enable_x64(True):
-        interior = jax.vmap(lambda key: question.region.fractions(key))(keys).T
+        interior = jax.vmap(question.region.fractions)(keys).T
         count = interior.shape[0]
         # Three neighbours on the near side of the crossing, since beyond it there may be a wall, and the anchor itself.
         near = jnp.concatenate([1.0 - _NOISE_STEP * jnp.arange(3.0), jnp.zeros(count - 3)])
@@ -368,7 +368,7 @@ def _note(
         reach = crossings.bracket.inside
         found = jnp.isfinite(reach) & (reach > 0.0)
         crossed = found & jnp.isfinite(crossings.bracket.outside)
-        nowhere = jnp.int32(np.iinfo(np.int32).max)
+        nowhere = jnp.int32(ABSENT)
         scout = jnp.where(errand == Errand.SCOUT, indices, nowhere)
         measure = jnp.where(errand == Errand.MEASURE, indices, nowhere)
         trace = jnp.where(errand == Errand.TRACE, indices, nowhere)

@@ -11,11 +11,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, Key, PyTree
 
 from volumejax import tree
 from volumejax.logmath import log_ball_volume
+from volumejax.tree import is_traced, wide
 
 __all__ = ["Gaussian", "Lebesgue", "Line", "UniformBall", "UniformBox"]
 
@@ -80,13 +80,13 @@ class Gaussian(eqx.Module):
         """Return θ0 − m, in float64."""
         with jax.enable_x64(True):
             centre = self._centre(params)
-            return jax.tree.map(lambda x, m: _wide(x) - _wide(m), params, centre)
+            return jax.tree.map(lambda x, m: wide(x) - wide(m), params, centre)
 
     def whiten(self, vector: PyTree, params: PyTree) -> PyTree:
         """Return vector / sigma, in float64."""
         with jax.enable_x64(True):
             sigma = tree.broadcast_to(self.sigma, params, "Gaussian sigma")
-            return jax.tree.map(lambda x, s: _wide(x) / _wide(s), vector, sigma)
+            return jax.tree.map(lambda x, s: wide(x) / wide(s), vector, sigma)
 
     def precision(self, params: PyTree) -> PyTree:
         """Return the diagonal of Λ = σ⁻², shaped like the parameters."""
@@ -102,7 +102,7 @@ class Gaussian(eqx.Module):
         centre = self._centre(like)
         with jax.enable_x64(True):
             return jax.tree.map(
-                lambda z, s, m, x: (_wide(m) + _wide(s) * _wide(z)).astype(x.dtype), z, sigma, centre, like
+                lambda z, s, m, x: (wide(m) + wide(s) * wide(z)).astype(x.dtype), z, sigma, centre, like
             )
 
     def _centre(self, params: PyTree) -> PyTree:
@@ -134,9 +134,9 @@ class UniformBox(eqx.Module):
             where = jax.tree_util.keystr(path)
             _require_finite(a, f"UniformBox low{where}")
             _require_finite(b, f"UniformBox high{where}")
-            if _concrete(a, b) and not np.all(np.asarray(a, np.float64) < np.asarray(b, np.float64)):
+            if not is_traced((a, b)) and not np.all(np.asarray(a, np.float64) < np.asarray(b, np.float64)):
                 raise ValueError(f"UniformBox low{where} is not below high{where}; swap or widen the bounds")
-            if _concrete(x, a, b) and not np.all(_between(np.asarray(x), np.asarray(a), np.asarray(b))):
+            if not is_traced((x, a, b)) and not np.all(_between(np.asarray(x), np.asarray(a), np.asarray(b))):
                 raise ValueError(f"the anchor{where} lies outside the UniformBox; widen the bounds or move the anchor")
 
     def anchor_term(self, params: PyTree) -> Float[Array, ""]:
@@ -148,7 +148,7 @@ class UniformBox(eqx.Module):
         """Return minus the log volume of the box inside it, −∞ outside."""
         with jax.enable_x64(True):
             low, high = self._bounds(params)
-            terms = jax.tree.map(lambda a, b, x: _sum_log(_wide(b) - _wide(a), x), low, high, params)
+            terms = jax.tree.map(lambda a, b, x: _sum_log(wide(b) - wide(a), x), low, high, params)
             inside = jax.tree.map(
                 lambda a, b, x: jnp.all(_between(x, jnp.asarray(a), jnp.asarray(b))), low, high, params
             )
@@ -161,8 +161,8 @@ class UniformBox(eqx.Module):
             low, high = self._bounds(params)
 
             def leaf_exit(x: Array, y: Array, a: Any, b: Any) -> Array:
-                room = jnp.where(y > 0, _wide(b) - _wide(x), _wide(a) - _wide(x))
-                return jnp.min(jnp.where(y == 0, jnp.inf, room / jnp.where(y == 0, 1.0, _wide(y))), initial=jnp.inf)
+                room = jnp.where(y > 0, wide(b) - wide(x), wide(a) - wide(x))
+                return jnp.min(jnp.where(y == 0, jnp.inf, room / jnp.where(y == 0, 1.0, wide(y))), initial=jnp.inf)
 
             exits = jax.tree.map(leaf_exit, params, direction, low, high)
             nearest = jax.tree.reduce(jnp.minimum, exits, _infinity())
@@ -179,7 +179,7 @@ class UniformBox(eqx.Module):
         parts = [jax.random.uniform(jax.random.fold_in(key, i), x.shape, jnp.float32) for i, x in enumerate(leaves)]
         unit = jax.tree.unflatten(treedef, parts)
         with jax.enable_x64(True):
-            spread = jax.tree.map(lambda u, a, b: _wide(a) + (_wide(b) - _wide(a)) * _wide(u), unit, low, high)
+            spread = jax.tree.map(lambda u, a, b: wide(a) + (wide(b) - wide(a)) * wide(u), unit, low, high)
             return jax.tree.map(lambda value, x: value.astype(x.dtype), spread, like)
 
     def _bounds(self, params: PyTree) -> tuple[PyTree, PyTree]:
@@ -207,10 +207,7 @@ class UniformBall(eqx.Module):
     def check(self, params: PyTree) -> None:
         """Raise a ValueError where the centre does not fit the parameters, or the anchor lies outside."""
         offset = self._offset(params)
-        if (
-            _concrete(self.radius, *jax.tree.leaves(offset))
-            and float(tree.dot(offset, offset)) > float(self.radius) ** 2
-        ):
+        if not is_traced((self.radius, offset)) and float(tree.dot(offset, offset)) > float(self.radius) ** 2:
             raise ValueError("the anchor lies outside the UniformBall; enlarge the radius or move the center")
 
     def anchor_term(self, params: PyTree) -> Float[Array, ""]:
@@ -222,7 +219,7 @@ class UniformBall(eqx.Module):
         """Return minus the log volume of the ball inside it, −∞ outside."""
         with jax.enable_x64(True):
             offset = self._offset(params)
-            radius = _wide(self.radius)
+            radius = wide(self.radius)
             log_volume = log_ball_volume(tree.size(params), jnp.log(radius))
             return jnp.where(tree.dot(offset, offset) <= radius**2, -log_volume, -jnp.inf)
 
@@ -232,7 +229,7 @@ class UniformBall(eqx.Module):
             offset = self._offset(params)
             a = tree.dot(direction, direction)
             b = tree.dot(offset, direction)
-            room = jnp.maximum(_wide(self.radius) ** 2 - tree.dot(offset, offset), 0.0)
+            room = jnp.maximum(wide(self.radius) ** 2 - tree.dot(offset, offset), 0.0)
             root = jnp.sqrt(b * b + a * room)
             # The root of a s² + 2 b s = room, in the form that does not cancel.
             away = b > 0.0
@@ -249,7 +246,7 @@ class UniformBall(eqx.Module):
         u = jax.random.uniform(jax.random.fold_in(key, len(jax.tree.leaves(like))))
         dimension = tree.size(like)
         with jax.enable_x64(True):
-            scale = _wide(self.radius) * _wide(u) ** (1.0 / dimension) / jnp.sqrt(tree.dot(z, z))
+            scale = wide(self.radius) * wide(u) ** (1.0 / dimension) / jnp.sqrt(tree.dot(z, z))
         centre = tree.broadcast_to(0.0 if self.center is None else self.center, like, "UniformBall center")
         centre = jax.tree.map(lambda c, x: jnp.broadcast_to(jnp.asarray(c, x.dtype), x.shape), centre, like)
         return tree.axpy(scale, z, centre)
@@ -257,7 +254,7 @@ class UniformBall(eqx.Module):
     def _offset(self, params: PyTree) -> PyTree:
         with jax.enable_x64(True):
             centre = tree.broadcast_to(0.0 if self.center is None else self.center, params, "UniformBall center")
-            return jax.tree.map(lambda x, c: _wide(x) - _wide(c), params, centre)
+            return jax.tree.map(lambda x, c: wide(x) - wide(c), params, centre)
 
 
 class Lebesgue(eqx.Module):
@@ -295,10 +292,6 @@ class Lebesgue(eqx.Module):
         return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
 
 
-def _wide(x: Any) -> Array:
-    return jnp.asarray(x).astype(jnp.float64)
-
-
 def _zero() -> Array:
     with jax.enable_x64(True):
         return jnp.zeros((), jnp.float64)
@@ -311,12 +304,8 @@ def _infinity() -> Array:
 
 def _sum_log(value: Any, like: Array) -> Array:
     """Sum log(value), broadcast to the shape of `like`, in float64."""
-    total = jnp.sum(jnp.log(_wide(value)))
+    total = jnp.sum(jnp.log(wide(value)))
     return total * math.prod(like.shape) if jnp.ndim(value) == 0 else total
-
-
-def _concrete(*values: Any) -> bool:
-    return not any(isinstance(v, Tracer) for v in values)
 
 
 def _between(x: Any, low: Any, high: Any) -> Any:
@@ -327,11 +316,11 @@ def _between(x: Any, low: Any, high: Any) -> Any:
 def _require_positive(value: Any, name: str) -> None:
     _require_finite(value, name)
     for path, leaf in jax.tree_util.tree_leaves_with_path(value):
-        if eqx.is_array_like(leaf) and _concrete(leaf) and not np.all(np.asarray(leaf) > 0):
+        if eqx.is_array_like(leaf) and not is_traced(leaf) and not np.all(np.asarray(leaf) > 0):
             raise ValueError(f"{name}{jax.tree_util.keystr(path)} must be positive everywhere, got {leaf}")
 
 
 def _require_finite(value: Any, name: str) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(value):
-        if eqx.is_array_like(leaf) and _concrete(leaf) and not np.all(np.isfinite(np.asarray(leaf, np.float64))):
+        if eqx.is_array_like(leaf) and not is_traced(leaf) and not np.all(np.isfinite(np.asarray(leaf, np.float64))):
             raise ValueError(f"{name}{jax.tree_util.keystr(path)} must be finite everywhere, got {leaf}")

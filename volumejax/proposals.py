@@ -11,12 +11,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
 from volumejax import tree
+from volumejax.tree import is_traced, wide
 
 __all__ = ["Dense", "Diagonal", "Isotropic", "RayDraw"]
 
@@ -81,8 +81,8 @@ class Diagonal(eqx.Module):
         mean = tree.broadcast_to(0.0 if self.mean is None else self.mean, params, "Diagonal mean")
         y = jax.tree.map(lambda z, s, m: _single(m) + _single(s) * z, tree.normal_like(key, params), scale, mean)
         with jax.enable_x64(True):
-            white_y = jax.tree.map(lambda y, s: _wide(y) / _wide(s), y, scale)
-            white_mean = jax.tree.map(lambda m, s, y: jnp.broadcast_to(_wide(m) / _wide(s), y.shape), mean, scale, y)
+            white_y = jax.tree.map(lambda y, s: wide(y) / wide(s), y, scale)
+            white_mean = jax.tree.map(lambda m, s, y: jnp.broadcast_to(wide(m) / wide(s), y.shape), mean, scale, y)
             log_scale = jax.tree.map(lambda s, y: _sum_log(s, y.size), scale, y)
             return _ray_draw(
                 y,
@@ -117,7 +117,7 @@ class Dense(eqx.Module):
         factor = jnp.asarray(cholesky, jnp.result_type(float))
         if factor.ndim != 2 or factor.shape[0] != factor.shape[1]:
             raise ValueError(f"Dense cholesky must be a square matrix, got shape {factor.shape}")
-        if not isinstance(cholesky, Tracer) and not _is_cholesky(np.asarray(cholesky)):
+        if not is_traced(cholesky) and not _is_cholesky(np.asarray(cholesky)):
             raise ValueError(
                 "Dense cholesky must be lower triangular with a positive diagonal; pass "
                 "numpy.linalg.cholesky(covariance)"
@@ -152,13 +152,13 @@ class Dense(eqx.Module):
             flat = flat + ravel_pytree(self.mean)[0]
         with jax.enable_x64(True):
             # The whitened y is known before rounding; solving for it again would amplify the rounding of y.
-            white_y = _wide(z) + _wide(white_mean)
+            white_y = wide(z) + wide(white_mean)
             return _ray_draw(
                 unravel(flat.astype(jnp.float32)),
                 tree.dot(white_y, white_mean),
                 tree.dot(white_y, white_y),
                 tree.dot(white_mean, white_mean),
-                jnp.sum(jnp.log(_wide(jnp.diagonal(self.cholesky)))),
+                jnp.sum(jnp.log(wide(jnp.diagonal(self.cholesky)))),
                 z.size,
             )
 
@@ -177,10 +177,6 @@ def _is_cholesky(factor: np.ndarray) -> bool:
     return bool(np.all(np.diagonal(factor) > 0)) and not any(np.any(row[i + 1 :]) for i, row in enumerate(factor))
 
 
-def _wide(x: Any) -> Array:
-    return jnp.asarray(x).astype(jnp.float64)
-
-
 def _single(x: Any) -> Array:
     return jnp.asarray(x, jnp.float32)
 
@@ -191,13 +187,13 @@ def _zero() -> Array:
 
 
 def _sum_log(scale: Any, count: int) -> Array:
-    total = jnp.sum(jnp.log(_wide(scale)))
+    total = jnp.sum(jnp.log(wide(scale)))
     return total * count if jnp.ndim(scale) == 0 else total
 
 
 def _check_positive(scale: PyTree) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(scale):
-        if not isinstance(leaf, Tracer) and not np.all((np.asarray(leaf) > 0) & np.isfinite(np.asarray(leaf))):
+        if not is_traced(leaf) and not np.all((np.asarray(leaf) > 0) & np.isfinite(np.asarray(leaf))):
             raise ValueError(
                 f"Diagonal scale{jax.tree_util.keystr(path)} must be positive and finite everywhere; add damping"
             )

@@ -26,7 +26,8 @@ from volumejax.parallel import ABSENT, default_batch_size, num_devices, require_
 from volumejax.proposals import Isotropic
 from volumejax.regions import Star
 from volumejax.results import BoundKind, Kind, RayBatch, Status, VolumeEstimate, to_host
-from volumejax.validation import check_question, is_traced
+from volumejax.tree import is_traced
+from volumejax.validation import check_question
 
 __all__ = ["ray_stream", "ray_volume"]
 

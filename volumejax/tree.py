@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
-__all__ = ["axpy", "broadcast_to", "check_floating", "dot", "normal_like", "size"]
+__all__ = ["axpy", "broadcast_to", "check_floating", "dot", "is_traced", "normal_like", "size", "wide"]
 
 
 def check_floating(tree: PyTree, name: str) -> None:
@@ -45,7 +46,7 @@ def dot(a: PyTree, b: PyTree) -> Float[Array, ""]:
     with jax.enable_x64(True):
         # The product is taken in float64 too: it fuses into the reduction, and float32 products would each
         # carry an error that a common factor turns into a bias of D·2⁻²⁵ nats.
-        terms = jax.tree.map(lambda x, y: jnp.sum(_wide(x) * _wide(y)), a, b)
+        terms = jax.tree.map(lambda x, y: jnp.sum(wide(x) * wide(y)), a, b)
         return jax.tree.reduce(jnp.add, terms, jnp.zeros((), jnp.float64))
 
 
@@ -56,8 +57,8 @@ def axpy(scale: ArrayLike, direction: PyTree, origin: PyTree) -> PyTree:
     all of them together, which costs D·2⁻²⁵ nats of volume.
     """
     with jax.enable_x64(True):
-        wide = jnp.asarray(scale, jnp.float64)
-        return jax.tree.map(lambda d, o: (_wide(o) + wide * _wide(d)).astype(o.dtype), direction, origin)
+        factor = jnp.asarray(scale, jnp.float64)
+        return jax.tree.map(lambda d, o: (wide(o) + factor * wide(d)).astype(o.dtype), direction, origin)
 
 
 def normal_like(key: Key[Array, ""], tree: PyTree) -> PyTree:
@@ -103,5 +104,11 @@ def broadcast_to(value: Any, tree: PyTree, name: str) -> PyTree:
     return value
 
 
-def _wide(x: Any) -> Array:
+def wide(x: Any) -> Array:
+    """Return `x` as a float64 array; call inside `enable_x64`."""
     return jnp.asarray(x).astype(jnp.float64)
+
+
+def is_traced(value: Any) -> bool:
+    """Return whether any leaf of `value` is an abstract value inside a JAX transformation."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 import scipy.optimize
-from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
@@ -112,7 +111,7 @@ def curvature_proposal(
         [1.  0.5] [-1.   -0.25]
     """
     prior.check(params)
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((curvature, params))):
+    if tree.is_traced((curvature, params)):
         raise ValueError("curvature_proposal factorises on the host; build it before jax.jit and pass the proposal in")
     dense = _is_dense(curvature, params)
     h = np.asarray(curvature, np.float64) if dense else _ravel64(_diagonal_curvature(curvature, params))
@@ -223,7 +222,7 @@ def _diagonal_curvature(curvature: PyTree, params: PyTree) -> PyTree:
     parts = tree.broadcast_to(curvature, params, "curvature")
     full = jax.tree.map(lambda h, x: jnp.broadcast_to(jnp.asarray(h, jnp.float32), jnp.shape(x)), parts, params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(full):
-        if not isinstance(leaf, Tracer) and not bool(jnp.all(leaf >= 0.0)):
+        if not tree.is_traced(leaf) and not bool(jnp.all(leaf >= 0.0)):
             raise ValueError(
                 f"curvature{jax.tree_util.keystr(path)} has negative or NaN entries; take the GGN, or absolute values"
             )

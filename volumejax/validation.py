@@ -7,18 +7,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from volumejax import tree
+from volumejax.tree import is_traced
 
-__all__ = ["check_question", "is_traced"]
-
-
-def is_traced(value: Any) -> bool:
-    """Return whether any leaf of `value` is an abstract value inside a JAX transformation."""
-    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
+__all__ = ["check_question"]
 
 
 def check_question(cost: Callable[[PyTree], Float[Array, ""]], params: PyTree, prior: Any, cutoff: ArrayLike) -> PyTree:
