@@ -12,12 +12,16 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "volumejax"
 
 # From the ground up; modules on one line do not know each other.
 LAYERS = [
-    ["logmath", "radial", "tree", "softmax", "examples", "tails"],
+    ["logmath", "radial", "tree", "softmax", "examples", "tails", "chains", "free_energy"],
     ["exact", "results", "parallel", "diagnostics"],
     ["priors", "regions", "behaviours", "curvature", "validation"],
-    ["reference", "proposals", "optax_moments", "boundary"],
-    ["casting", "tuning"],
-    ["rays"],
+    ["reference", "proposals", "optax_moments", "boundary", "frames"],
+    ["casting", "tuning", "ensemble"],
+    ["kernels", "ladder"],
+    ["annealing"],
+    ["pilot", "tally"],
+    ["summary"],
+    ["rays", "tether"],
     ["__init__"],
     ["models.mlp"],
     ["models.__init__"],
@@ -26,6 +30,7 @@ LAYERS = [
     ["config_errors", "check", "records"],
     ["config", "table"],
     ["experiment", "plots"],
+    ["chain_plots"],
     ["report", "terminal"],
     ["cli"],
     ["__main__"],

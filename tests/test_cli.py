@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,29 @@ proposals:
   - {kind: isotropic, recorded: {best: -9800}}
   - {kind: isotropic, label: again}
 """
+
+
+@pytest.fixture
+def make_tether(make_row):
+    """A row that chains made, with their arrays."""
+
+    def make(label, *, complete=True, **values):
+        row = make_row(label, "tether", [-600.0] * 16, complete=complete, settled=True)
+        chains = {
+            "std_error": 2.0, "lower": -614.23, "hysteresis_cooling": -601.0, "hysteresis_heating": -599.04,
+            "gradients": 3200, "progress": 1.0, "noise": math.nan, "region": "connected", "status": "ok",
+        }  # fmt: skip
+        arrays = {name: np.full((2, 9), 0.8) for name in ("mean_cost", "mean_square", "acceptance", "inside")}
+        arrays |= {"precision": np.geomspace(1e4, 1.0, 9), "r_hat": np.ones(9), "log_weights": np.full(16, -600.0)}
+        arrays |= {"overlap": np.full(8, 0.9), "work_std": np.ones(8)}
+        arrays |= {"betas": np.geomspace(1e3, 1e5, 6), "energies": np.full(6, 100.0)}
+        arrays |= {"energy_errors": np.ones(6), "heat_capacities": np.full(6, 110.0)}
+        if complete:
+            arrays |= {"curve_cutoffs": np.geomspace(1e-4, 1e-2, 9), "curve_log_mass": np.linspace(-1000, -600, 9)}
+            arrays |= {"curve_std_error": np.full(9, 20.0)}
+        return row.model_copy(update={"estimate": {**row.estimate, **chains, **values}, "rays": {}, "chains": arrays})
+
+    return make
 
 
 @pytest.fixture
@@ -106,7 +130,7 @@ def test_quick_takes_fewer_rays_and_says_so(config, fake_rays, capsys):
     assert main(["run", config, "--quick", "--output", "elsewhere/runs"]) == 0
     printed = capsys.readouterr()
     assert asked[0].num_rays == 48
-    assert "quick run: 48 rays per proposal instead of 100" in printed.err
+    assert "quick run: shortened from 2 proposals, 100 rays each" in printed.err
     assert "quick run" in printed.out
     directory = only_run("elsewhere/runs")
     assert read_run(directory).quick
@@ -137,7 +161,7 @@ def test_ctrl_c_before_the_first_ray_leaves_nothing(config, fake_rays, capsys):
     fake_rays(error=KeyboardInterrupt())
     assert main(["run", config]) == 130
     printed = capsys.readouterr()
-    assert "interrupted before the first rays; nothing to keep" in printed.err
+    assert "interrupted before the first result; nothing to keep" in printed.err
     assert list(Path("runs").iterdir()) == []
 
 
@@ -147,6 +171,78 @@ def test_ctrl_c_while_writing_is_no_traceback(config, fake_rays, monkeypatch, ca
     assert main(["run", config]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert len(read_run(only_run("runs")).rows) == 2
+
+
+@pytest.fixture
+def chain_config(config):
+    """The path of an experiment file with one proposal and two tethers."""
+    start = CONFIG.replace("  - {kind: isotropic, label: again}\n", "")
+    Path(config).write_text(start + "tethers:\n  - {region: star, effort: 0.5}\n  - {region: connected}\n")
+    return config
+
+
+@pytest.fixture
+def fake_chains(monkeypatch, make_row, make_tether):
+    """One row of rays, and one of chains for each of the given words: done or partial."""
+
+    def install(*words):
+        asked = []
+
+        def prepare(config, _):
+            asked.append(config)
+            return FakeSetting()
+
+        def run_experiment(*_):
+            yield make_row("isotropic", "isotropic", -900.0 - np.arange(asked[-1].num_rays))
+            for entry, word in zip(asked[-1].tethers, words, strict=False):
+                done = word == "done"
+                changes = {} if done else {"kind": "lower_bound", "progress": 0.43}
+                yield make_tether(entry.name, complete=done, region=entry.region, **changes)
+
+        monkeypatch.setattr(experiment, "prepare", prepare)
+        monkeypatch.setattr(experiment, "run_experiment", run_experiment)
+        return asked
+
+    return install
+
+
+def test_a_run_with_tethers_leaves_their_rows_and_figures(chain_config, fake_chains, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    fake_chains("done", "done")
+    assert main(["run", chain_config]) == 0
+    printed = capsys.readouterr()
+    assert "tiny: 1 proposal, 100 rays each; 2 tethers, effort 0.5, 1" in printed.err
+    assert max(map(len, printed.out.splitlines()[:-1])) <= 60
+    text = " ".join(printed.out.split())
+    assert "tether, star" in text and "-600.0 ± 2.0" in text and "Certified at 95 %" in text
+    directory = only_run("runs")
+    assert {"curve.png", "ladder.svg"} <= {path.name for path in (directory / "figures").iterdir()}
+    run = read_run(directory)
+    assert run.complete and [row.kind for row in run.rows] == ["isotropic", "tether", "tether"]
+    before = (directory / "report.html").read_bytes()
+    assert main(["plot", str(directory)]) == 0
+    assert (directory / "report.html").read_bytes() == before
+
+
+@pytest.mark.parametrize("words", [("done", "partial"), ("done",), ()])
+def test_ctrl_c_keeps_the_chains_so_far(words, chain_config, fake_chains, capsys):
+    fake_chains(*words)
+    assert main(["run", chain_config]) == 130
+    out = " ".join(capsys.readouterr().out.split())
+    assert "partial: the run was interrupted" in out
+    assert ("(partial, 43 %)" in out) == ("partial" in words)
+    run = read_run(only_run("runs"))
+    assert not run.complete and len(run.rows) == 1 + len(words)
+
+
+def test_quick_shortens_the_chains(chain_config, fake_chains, capsys):
+    asked = fake_chains("done", "done")
+    assert main(["run", chain_config, "--quick"]) == 0
+    assert [entry.effort for entry in asked[0].tethers] == [0.01, 0.01]
+    err = capsys.readouterr().err
+    assert "tiny: 1 proposal, 48 rays each; 2 tethers, effort 0.01" in err
+    assert "shortened from 1 proposal, 100 rays each; 2 tethers, effort 0.5, 1" in err
+    assert "effort: 0.01" in (only_run("runs") / "config.yaml").read_text()
 
 
 def test_a_refusal_by_the_library_is_one_line(config, fake_rays, capsys):

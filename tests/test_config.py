@@ -21,6 +21,8 @@ proposals:
   - {kind: adam, damping: 1e-3}
   - {kind: diagonal_ggn, damping: 1e-2}
   - {kind: dense_ggn, beta: 2e4, shift: false, recorded: {best: -6578}}
+tethers:
+  - {region: star, effort: 0.5}
 """
 
 MISTAKES = {
@@ -31,6 +33,43 @@ MISTAKES = {
         "8: proposals[1].dampng: unknown key; did you mean `damping`?",
     ),
     "unknown key far": ("cutoff: 1e-2", "cutoff: 1e-2\nzzz: 1", "zzz: unknown key; use one of name, task"),
+    "misspelt tethers": ("tethers:", "tether:", "11: tether: unknown key; did you mean `tethers`?"),
+    "unknown tether key": ("effort: 0.5", "efort: 0.5", "12: tethers[0].efort: unknown key; did you mean `effort`?"),
+    "kind of a tether": (
+        "effort: 0.5",
+        "kind: star",
+        "tethers[0].kind: unknown key; use one of region, effort, num_chains, label",
+    ),
+    "unknown region": (
+        "region: star",
+        "region: stra",
+        "tethers[0].region: unknown region 'stra'; did you mean `star`?",
+    ),
+    "missing region": ("{region: star, ", "{", "tethers[0].region: missing; add `region: connected`"),
+    "zero effort": ("effort: 0.5", "effort: 0", "tethers[0].effort: expected a number greater than 0, got 0"),
+    "huge effort": ("effort: 0.5", "effort: 1e9", "tethers[0].effort: expected a number at most 1000"),
+    "quoted effort": ("effort: 0.5", "effort: '0.5'", "tethers[0].effort: is the string '0.5', not a number"),
+    "two chains": (
+        "effort: 0.5",
+        "num_chains: 2",
+        "tethers[0].num_chains: expected a number at least 4, got 2",
+    ),
+    "bare tether": ("{region: star, effort: 0.5}", "star", "tethers[0]: expected a mapping such as {region: ...}"),
+    "tethers that are no list": (
+        "tethers:\n  - {region: star, effort: 0.5}\n",
+        "tethers: 3\n",
+        "tethers: expected a list of entries, each starting with `- region:`, got 3",
+    ),
+    "same region": (
+        "{region: star, effort: 0.5}",
+        "{region: star}\n  - {region: star}",
+        "two tethers are called 'tether, star'; give each its own `label:`",
+    ),
+    "a tether's label": (
+        "effort: 0.5",
+        "label: isotropic",
+        "two entries are called 'isotropic'; give each its own `label:`",
+    ),
     "1e-2 as a string": ("1e-2\nnum", "'1e-2'\nnum", "4: cutoff: is the string '1e-2', not a number; write it without"),
     "count as a string": ("num_rays: 16", "num_rays: '16'", "num_rays: is the string '16', not a number"),
     "string for a number": ("cutoff: 1e-2", "cutoff: small", "cutoff: expected a number such as 0.01, got 'small'"),
@@ -148,8 +187,38 @@ def test_the_resolved_configuration_reads_back():
     assert parse_config(dump_config(config)) == config
 
 
+@pytest.mark.parametrize("entries", ["", "proposals: []\n", "tethers: []\n", "proposals: []\ntethers: []\n"])
+def test_neither_proposals_nor_tethers(entries):
+    text = GOOD[: GOOD.index("proposals:")] + entries
+    with pytest.raises(
+        ConfigError, match=r"config: nothing to measure; add `proposals: \[\{kind: isotropic\}\]`, `teth"
+    ):
+        parse_config(text)
+
+
+def test_either_proposals_or_tethers():
+    start = GOOD[: GOOD.index("proposals:")]
+    only_rays = parse_config(GOOD[: GOOD.index("tethers:")])
+    only_chains = parse_config(start + "tethers: [{region: connected}, {region: star, num_chains: null, label: long}]")
+    assert only_rays.tethers == () and only_chains.proposals == ()
+    assert [entry.name for entry in only_chains.tethers] == ["tether, connected", "long"]
+    assert [(entry.effort, entry.num_chains) for entry in only_chains.tethers] == [(1.0, None)] * 2
+    for config in (only_rays, only_chains):
+        assert parse_config(dump_config(config)) == config
+
+
+def test_quick_shortens_chains_and_nothing_else():
+    config = parse_config(GOOD.replace("effort: 0.5", "effort: 0.5, num_chains: 8, label: a"))
+    (short,) = quick(config).tethers
+    assert 0 < short.effort <= 0.01
+    assert short.model_copy(update={"effort": 0.5}) == config.tethers[0]
+    (shorter,) = quick(parse_config(GOOD.replace("effort: 0.5", "effort: 0.001"))).tethers
+    assert shorter.effort == 0.001
+
+
 def test_quick_only_takes_rays_away():
-    config = parse_config(GOOD.replace("num_rays: 16", "num_rays: 1000"))
+    text = GOOD[: GOOD.index("tethers:")]
+    config = parse_config(text.replace("num_rays: 16", "num_rays: 1000"))
     assert quick(config).num_rays < 100
     assert quick(config).model_copy(update={"num_rays": 1000}) == config
     assert quick(parse_config(GOOD)).num_rays == 16
@@ -159,16 +228,21 @@ def test_the_shipped_experiment():
     config = load_config(Path(__file__).parents[1] / "configs" / "digits_mlp.yaml")
     assert (config.prior.sigma, config.cutoff, config.task.num_epochs) == (1.3975, 0.01, 25)
     assert {entry.kind for entry in config.proposals} == {"isotropic", "adam", "diagonal_ggn", "dense_ggn"}
+    assert [entry.region for entry in config.tethers] == ["connected"]
+    chains = load_config(Path(__file__).parents[1] / "configs" / "digits_tether.yaml")
+    assert [(entry.region, entry.effort) for entry in chains.tethers] == [("star", 1), ("connected", 1)]
 
 
-KEYS = st.sampled_from([*Config.model_fields, "kind", "sigma", "damping", "beta", "recorded"]) | st.text(max_size=5)
+KEYS = st.sampled_from([*Config.model_fields, "kind", "sigma", "damping", "beta", "recorded", "region"]) | st.text(
+    max_size=5
+)
 SCALARS = (
     st.none()
     | st.booleans()
     | st.integers()
     | st.floats()
     | st.text(max_size=8)
-    | st.sampled_from(["digits", "gaussian", "isotropic", "adam", "dense_ggn", "rms", "1e-2"])
+    | st.sampled_from(["digits", "gaussian", "isotropic", "adam", "dense_ggn", "rms", "1e-2", "star"])
 )
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4))
 

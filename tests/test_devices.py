@@ -92,3 +92,17 @@ class TestEightDevices:
         mesh = make_mesh((2, 4), ("rays", "model"))
         spread_out = jax.device_put(PARAMS, NamedSharding(mesh, PartitionSpec("model")))
         assert_same(measure(spread_out, mesh), measure(PARAMS))
+
+    def test_chains_are_spread_and_say_the_same(self):
+        def measure_chains(mesh=None):
+            return vj.tether_volume(
+                jax.random.key(3), cost, PARAMS, vj.Gaussian(1.0),
+                cutoff=0.02, num_chains=COUNT, effort=0.005, decades=0.5, mesh=mesh,
+            )  # fmt: skip
+
+        mesh = make_mesh((COUNT,), ("rays",))
+        many, one = measure_chains(mesh), measure_chains()
+        # A rounding error may turn a decision of a chain, and then the two are independent.
+        assert abs(many.log_mass - one.log_mass) <= 4.0 * np.hypot(many.std_error, one.std_error)
+        indices = jnp.arange(COUNT, dtype=jnp.int32)
+        assert len(jax.jit(lambda i: spread(i, mesh))(indices).sharding.device_set) == COUNT

@@ -1,5 +1,5 @@
 """Diagnostics against SciPy, ArviZ and brute force. Mutations: tail of n instead of n/5, no shrinkage, Markov without
-its log(1/p)."""
+its log(1/p), groups that are not split, variances with n for n − 1."""
 
 import math
 import warnings
@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from volumejax import diagnostics
-from volumejax.diagnostics import pareto_k_limit
+from volumejax.diagnostics import pareto_k_limit, split_r_hat
 
 
 def on_host(function):
@@ -127,3 +127,37 @@ def test_diagnostics_take_any_weights(x):
     assert not np.isnan(pareto_k(x))
     assert certified_lower(x) <= np.max(x) + 1e-9 * max(1.0, abs(np.max(x)))
     assert not np.isnan(log_mean_error(x))
+
+
+def test_split_r_hat_by_hand():
+    """Halves (0, 2), (4, 6), (1, 1), (3, 5): means 1, 5, 1, 4 and variances 2, 2, 0, 2."""
+    groups = np.array([[0.0, 2.0, 4.0, 6.0], [1.0, 1.0, 3.0, 5.0]])
+    between, within = np.var([1.0, 5.0, 1.0, 4.0], ddof=1), 1.5
+    assert math.isclose(split_r_hat(groups), math.sqrt(0.5 + between / within), rel_tol=1e-12)
+    # The middle of an odd number of draws belongs to neither half.
+    assert split_r_hat(np.insert(groups, 2, 1e6, axis=1)) == split_r_hat(groups)
+
+
+@pytest.mark.parametrize("draws", [4, 7, 60])
+def test_split_r_hat_agrees_with_arviz(draws):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from arviz_stats.base import array_stats
+    groups = np.random.default_rng(draws).normal(size=(5, draws)) + np.arange(5.0)[:, None] / 3
+    theirs = array_stats.rhat(groups, chain_axis=0, draw_axis=1, method="split")
+    assert np.isclose(split_r_hat(groups), theirs, rtol=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_split_r_hat_tells_groups_apart_and_drifts_too(seed):
+    same = np.random.default_rng(seed).normal(size=(2, 400))
+    assert abs(split_r_hat(same) - 1.0) < 0.02
+    assert split_r_hat(same + np.array([[0.0], [4.0]])) > 1.5
+    assert split_r_hat(same + np.linspace(-4.0, 4.0, 400)) > 1.5
+
+
+def test_split_r_hat_at_both_ends():
+    assert np.isnan(split_r_hat(np.zeros((2, 3))))
+    assert split_r_hat(np.zeros((2, 8))) == 1.0
+    assert split_r_hat(np.repeat([[0.0], [1.0]], 8, axis=1)) == np.inf
+    assert np.isnan(split_r_hat(np.full((2, 8), np.nan)))

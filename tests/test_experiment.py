@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import jax
@@ -7,8 +8,10 @@ import pytest
 
 from volumejax import experiment
 from volumejax.behaviours import kl_to_anchor
+from volumejax.chains import ChainTrace, Curve
 from volumejax.config import parse_config
 from volumejax.proposals import Dense, Diagonal
+from volumejax.regions import Connected, Star
 from volumejax.tasks.digits import Task
 
 CONFIG = """\
@@ -80,6 +83,43 @@ def run(config):
     return setting, list(experiment.run_experiment(setting, seen.append)), seen
 
 
+@pytest.fixture
+def fake_chains(monkeypatch, make_estimate):
+    """Chains that are a third, two thirds and then wholly done; Ctrl-C before yield ``stop`` of all."""
+    calls = []
+    yields = itertools.count()
+
+    def install(stop=None):
+        def stream(key, cost, params, prior, *, on_progress, **settings):
+            calls.append({"key": key, "cost": cost, "params": params, "prior": prior, **settings})
+            on_progress("pilot", 0.0)
+            on_progress("pilot", 1.0)
+            for stage, share, lower in (("cooling", 0.3, -np.inf), ("cooling", 0.6, -9.0), ("heating", 1.0, -8.0)):
+                if next(yields) == stop:
+                    raise KeyboardInterrupt
+                on_progress(stage, share)
+                yield chained(make_estimate([-7.0] * 8), share, lower)
+
+        monkeypatch.setattr(experiment, "tether_stream", stream)
+        return calls
+
+    return install
+
+
+def chained(estimate, share, lower):
+    """The estimate as if eight chains on three levels had made it."""
+    levels, temperatures = np.ones(3), np.ones(5)
+    sizes = {"precision": levels, "r_hat": levels, "overlap": np.ones(2), "work_std": np.ones(2)}
+    sizes |= dict.fromkeys(("mean_cost", "mean_square", "acceptance", "inside"), np.ones((2, 3)))
+    sizes |= dict.fromkeys(("betas", "energies", "energy_errors", "heat_capacities"), temperatures)
+    scalars = dict.fromkeys(("integrated", "integrated_virial", "non_finite"), np.zeros(()))
+    trace = ChainTrace(
+        **sizes, **scalars, log_weights=np.arange(8.0), gradients=np.asarray(70), progress=np.asarray(share)
+    )
+    curve = Curve(np.ones(4), np.full(4, 2.0), np.full(4, 3.0)) if share == 1.0 else None
+    return dataclasses.replace(estimate, trace=trace, lower=jnp.asarray(lower), curve=curve)
+
+
 def test_rows_follow_the_configuration(tiny_task, fake_stream):
     calls = fake_stream()
     config = parse_config(CONFIG)
@@ -131,3 +171,72 @@ def test_an_interrupt_keeps_what_was_done(stop, labels, rays, tiny_task, fake_st
     assert [row.label for row in rows] == labels
     assert [row.estimate["num_rays"] for row in rows] == rays
     assert [row.complete for row in rows] == [count == 40 for count in rays]
+
+
+BOTH = (
+    CONFIG[: CONFIG.index("  - {kind: diagonal_ggn, damping")]
+    + """\
+tethers:
+  - {region: star, effort: 0.5}
+  - {region: connected, num_chains: 8, label: walkers}
+"""
+)
+
+
+def test_tethers_follow_the_rays(tiny_task, fake_stream, fake_chains):
+    fake_stream()
+    calls = fake_chains()
+    setting, rows, seen = run(parse_config(BOTH))
+    assert [(row.label, row.kind) for row in rows] == [
+        ("isotropic", "isotropic"),
+        ("tether, star", "tether"),
+        ("walkers", "tether"),
+    ]
+    assert all(row.complete for row in rows)
+    assert [call["region"] for call in calls] == [Star(), Connected()]
+    assert [(call["effort"], call["num_chains"]) for call in calls] == [(0.5, None), (1.0, 8)]
+    for call in calls:
+        assert call["cutoff"] == 0.01 and call["cost"] is tiny_task.cost and call["prior"] is setting.prior
+        assert jnp.array_equal(jax.random.key_data(call["key"]), jax.random.key_data(jax.random.key(0)))
+    row = rows[1]
+    assert row.rays == {} and row.estimate["gradients"] == 70
+    np.testing.assert_array_equal(row.chains["log_weights"], np.arange(8.0))
+    assert row.chains["mean_square"].shape == (2, 3)
+    np.testing.assert_array_equal(row.chains["curve_log_mass"], np.full(4, 2.0))
+    shown = [progress for progress in seen if progress.stage == "walkers"]
+    assert [(progress.done, progress.total) for progress in shown] == [
+        (0, 100), (1, 100), (13, 100), (30, 100), (60, 100), (99, 100), (100, 100)
+    ]  # fmt: skip
+    assert [progress.phase for progress in shown] == ["pilot"] * 3 + ["cooling"] * 2 + ["heating"] * 2
+    assert {progress.unit for progress in shown} == {"%"}
+    assert shown[2].estimate is None and shown[-1].estimate is not None
+
+
+@pytest.mark.parametrize(
+    ("stop", "labels", "complete"),
+    [
+        (0, ["isotropic"], [True]),
+        # Chains that have not felt the region yet have nothing to say.
+        (1, ["isotropic"], [True]),
+        (2, ["isotropic", "tether, star"], [True, False]),
+        (3, ["isotropic", "tether, star"], [True, True]),
+        (5, ["isotropic", "tether, star", "walkers"], [True, True, False]),
+    ],
+)
+def test_an_interrupt_keeps_what_the_chains_found(stop, labels, complete, tiny_task, fake_stream, fake_chains):
+    del tiny_task
+    fake_stream()
+    calls = fake_chains(stop)
+    _, rows, _ = run(parse_config(BOTH))
+    assert [row.label for row in rows] == labels
+    assert len(calls) == 1 + stop // 3
+    assert [row.complete for row in rows] == complete
+
+
+def test_partial_chains_have_no_curve(tiny_task, fake_stream, fake_chains):
+    del tiny_task
+    fake_stream()
+    fake_chains(2)
+    _, rows, _ = run(parse_config(BOTH))
+    assert not rows[-1].complete and rows[-1].estimate["progress"] == 0.6
+    assert "precision" in rows[-1].chains and "curve_cutoffs" not in rows[-1].chains

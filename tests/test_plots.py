@@ -1,4 +1,5 @@
 import io
+import math
 import xml.etree.ElementTree as ET
 
 import matplotlib
@@ -9,6 +10,29 @@ import pytest
 from volumejax import plots
 
 NAMES = ["summary", "log_mass", "radius"]
+
+
+@pytest.fixture
+def make_tether(make_row):
+    """A row that chains made, with their arrays."""
+
+    def make(label, *, complete=True, **values):
+        row = make_row(label, "tether", [-600.0] * 16, complete=complete, settled=True)
+        chains = {
+            "std_error": 2.0, "lower": -614.23, "hysteresis_cooling": -601.0, "hysteresis_heating": -599.04,
+            "gradients": 3200, "progress": 1.0, "noise": math.nan, "region": "connected", "status": "ok",
+        }  # fmt: skip
+        arrays = {name: np.full((2, 9), 0.8) for name in ("mean_cost", "mean_square", "acceptance", "inside")}
+        arrays |= {"precision": np.geomspace(1e4, 1.0, 9), "r_hat": np.ones(9), "log_weights": np.full(16, -600.0)}
+        arrays |= {"overlap": np.full(8, 0.9), "work_std": np.ones(8)}
+        arrays |= {"betas": np.geomspace(1e3, 1e5, 6), "energies": np.full(6, 100.0)}
+        arrays |= {"energy_errors": np.ones(6), "heat_capacities": np.full(6, 110.0)}
+        if complete:
+            arrays |= {"curve_cutoffs": np.geomspace(1e-4, 1e-2, 9), "curve_log_mass": np.linspace(-1000, -600, 9)}
+            arrays |= {"curve_std_error": np.full(9, 20.0)}
+        return row.model_copy(update={"estimate": {**row.estimate, **chains, **values}, "rays": {}, "chains": arrays})
+
+    return make
 
 
 def pixels(figure):
@@ -60,6 +84,45 @@ def test_bounds_are_arrows_and_estimates_have_an_interval(example_run):
     arrows = [sum(hasattr(child, "arrow_patch") for child in axis.get_children()) for axis in axes]
     assert arrows == [1, 1, 1, 0]
     assert [len(axis.containers) for axis in axes] == [0, 0, 0, 1]
+
+
+def test_tethers_are_intervals_with_a_tick_at_their_bound(make_row, make_run, make_tether):
+    rows = (make_row("a", "adam", [-2.0, -2.0]), make_tether("t"), make_tether("stuck", kind="not_mixed"))
+    drawn = plots.figures(make_run(*rows))
+    axes = drawn["summary"].axes
+    assert [len(axis.containers) for axis in axes] == [0, 1, 0]
+    assert [sum(hasattr(child, "arrow_patch") for child in axis.get_children()) for axis in axes] == [1, 0, 1]
+    spans = [(line.get_xdata()[0], line.get_xdata()[-1]) for line in axes[1].lines]
+    assert (-614.23, -614.23) in spans and (-614.23, -600.0) in spans
+    # The pale bar joins the two passes.
+    assert any((line.get_alpha(), *line.get_xdata()) == (0.3, -601.0, -599.04) for line in axes[1].lines)
+    (bars,) = axes[1].containers
+    assert bars.has_xerr
+    (interval,) = bars[2][0].get_segments()
+    assert (interval[0][0], interval[1][0]) == pytest.approx((-603.92, -596.08))
+    assert plots.COLOURS["tether"] in colours(pixels(drawn["summary"]))
+    assert "certified" in words(drawn["summary"])
+    assert len(drawn["log_mass"].axes) == len(drawn["radius"].axes) == 1
+
+
+def test_what_rays_miss_is_drawn_from_the_best_of_them(make_row, make_run, make_tether):
+    rays = (make_row("far", "isotropic", [-9000.0] * 2), make_row("near", "adam", [-7000.0] * 2))
+    figure = plots.figures(make_run(*rays, make_tether("t")))["summary"]
+    # The best rays show their bound, 3 nats below their log mean weight.
+    assert "rays miss 6,403" in words(figure)
+    stuck = make_tether("stuck", kind="not_mixed")
+    assert "rays miss ≥ 6,389" in words(plots.figures(make_run(*rays, stuck))["summary"])
+    assert any(tuple(line.get_xdata()) == (-7003.0, -600.0) for line in figure.axes[2].lines)
+    nothing = plots.figures(make_run(make_row("near", "adam", [-500.0] * 2), make_tether("t")))["summary"]
+    assert not any("miss" in text for text in words(nothing))
+
+
+def test_a_run_of_chains_alone_has_no_figures_of_rays(make_run, make_tether):
+    assert list(plots.figures(make_run(make_tether("t")))) == ["summary"]
+
+
+def test_families_are_told_apart():
+    assert len({*plots.COLOURS.values(), plots.OTHER_COLOUR}) == len(plots.COLOURS) + 1
 
 
 def test_infinite_rays_are_counted_in_words(example_run):

@@ -341,3 +341,23 @@ def test_what_is_concrete_is_inspected_inside_a_transformation_too():
         return x
 
     check(jnp.zeros(2))
+
+
+def test_bounds_are_trees_like_the_parameters():
+    low, high = BOUNDED["box"].bounds(PARAMS)
+    assert jax.tree.structure(low) == jax.tree.structure(high) == jax.tree.structure(PARAMS)
+    assert set(jax.tree.leaves(low)) == {-1.0} and set(jax.tree.leaves(high)) == {1.5}
+    low, high = BOUNDED["box per leaf"].bounds(PARAMS)
+    assert low == {"w": -1.0, "b": -0.5, "s": 0.25}
+    jax.tree.map(lambda b, x: np.testing.assert_array_equal(b, x + 0.125), high, PARAMS)
+
+
+def test_the_offset_points_from_the_centre_to_the_anchor():
+    for prior, centre in (
+        (BOUNDED["ball"], jax.tree.map(jnp.zeros_like, PARAMS)),
+        (BOUNDED["ball around a tree"], OFFSET),
+    ):
+        offset = prior.offset(PARAMS)
+        assert {x.dtype for x in jax.tree.leaves(offset)} == {jnp.dtype("float64")}
+        for d, x, c in zip(*map(jax.tree.leaves, (offset, PARAMS, centre)), strict=True):
+            np.testing.assert_allclose(np.asarray(d), np.asarray(x, np.float64) - np.asarray(c, np.float64), atol=1e-15)

@@ -14,6 +14,29 @@ from volumejax.records import RecordError, create_run_directory, read_run, write
 
 
 @pytest.fixture
+def make_tether(make_row):
+    """A row that chains made, with their arrays."""
+
+    def make(label, *, complete=True, **values):
+        row = make_row(label, "tether", [-600.0] * 16, complete=complete, settled=True)
+        chains = {
+            "std_error": 2.0, "lower": -614.23, "hysteresis_cooling": -601.0, "hysteresis_heating": -599.04,
+            "gradients": 3200, "progress": 1.0, "noise": math.nan, "region": "connected", "status": "ok",
+        }  # fmt: skip
+        arrays = {name: np.full((2, 9), 0.8) for name in ("mean_cost", "mean_square", "acceptance", "inside")}
+        arrays |= {"precision": np.geomspace(1e4, 1.0, 9), "r_hat": np.ones(9), "log_weights": np.full(16, -600.0)}
+        arrays |= {"overlap": np.full(8, 0.9), "work_std": np.ones(8)}
+        arrays |= {"betas": np.geomspace(1e3, 1e5, 6), "energies": np.full(6, 100.0)}
+        arrays |= {"energy_errors": np.ones(6), "heat_capacities": np.full(6, 110.0)}
+        if complete:
+            arrays |= {"curve_cutoffs": np.geomspace(1e-4, 1e-2, 9), "curve_log_mass": np.linspace(-1000, -600, 9)}
+            arrays |= {"curve_std_error": np.full(9, 20.0)}
+        return row.model_copy(update={"estimate": {**row.estimate, **chains, **values}, "rays": {}, "chains": arrays})
+
+    return make
+
+
+@pytest.fixture
 def stored(tmp_path, example_run):
     """A run directory."""
     directory = create_run_directory(tmp_path, "example")
@@ -100,6 +123,42 @@ def break_json(path):
 
 def pickle_rays(path):
     np.savez(path, **{"0/log_weight": np.array([{}, []], dtype=object)})
+
+
+def drop_chains(path):
+    arrays = dict(np.load(path))
+    np.savez(path, **{name: values for name, values in arrays.items() if name != "1/precision"})
+
+
+def test_chains_read_back(tmp_path, make_row, make_run, make_tether):
+    run = make_run(make_row("a", "adam", [-1.0, -2.0]), make_tether("done"), make_tether("cut", complete=False))
+    write_run(tmp_path, run)
+    read = read_run(tmp_path)
+    np.testing.assert_equal(read.model_dump(), run.model_dump())
+    assert [row.from_chains for row in read.rows] == [False, True, True]
+    assert read.rows[0].chains == {} and read.rows[1].rays == {}
+    assert "curve_cutoffs" in read.rows[1].chains and "curve_cutoffs" not in read.rows[2].chains
+    for row, original in zip(read.rows, run.rows, strict=True):
+        assert row.arrays.keys() == original.arrays.keys()
+        for name, values in original.arrays.items():
+            np.testing.assert_array_equal(row.arrays[name], values)
+
+
+def test_chains_that_are_missing_are_told(tmp_path, make_row, make_run, make_tether):
+    write_run(tmp_path, make_run(make_row("a", "adam", [-1.0, -2.0]), make_tether("done")))
+    drop_chains(tmp_path / "rays.npz")
+    with pytest.raises(RecordError, match=r"rays\.npz: lacks the chains of a row in result\.json; run the experiment"):
+        read_run(tmp_path)
+
+
+def test_the_first_format_is_still_read(stored, example_run):
+    path = stored / "result.json"
+    content = json.loads(path.read_text())
+    assert content["format"] == 2
+    path.write_text(json.dumps({**content, "format": 1}))
+    read = read_run(stored)
+    assert [row.label for row in read.rows] == [row.label for row in example_run.rows]
+    np.testing.assert_array_equal(read.rows[0].rays["radius"], example_run.rows[0].rays["radius"])
 
 
 DAMAGE = {

@@ -1,6 +1,8 @@
+import math
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from volumejax import plots, report
@@ -38,6 +40,29 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text.append(data)
+
+
+@pytest.fixture
+def make_tether(make_row):
+    """A row that chains made, with their arrays."""
+
+    def make(label, *, complete=True, **values):
+        row = make_row(label, "tether", [-600.0] * 16, complete=complete, settled=True)
+        chains = {
+            "std_error": 2.0, "lower": -614.23, "hysteresis_cooling": -601.0, "hysteresis_heating": -599.04,
+            "gradients": 3200, "progress": 1.0, "noise": math.nan, "region": "connected", "status": "ok",
+        }  # fmt: skip
+        arrays = {name: np.full((2, 9), 0.8) for name in ("mean_cost", "mean_square", "acceptance", "inside")}
+        arrays |= {"precision": np.geomspace(1e4, 1.0, 9), "r_hat": np.ones(9), "log_weights": np.full(16, -600.0)}
+        arrays |= {"overlap": np.full(8, 0.9), "work_std": np.ones(8)}
+        arrays |= {"betas": np.geomspace(1e3, 1e5, 6), "energies": np.full(6, 100.0)}
+        arrays |= {"energy_errors": np.ones(6), "heat_capacities": np.full(6, 110.0)}
+        if complete:
+            arrays |= {"curve_cutoffs": np.geomspace(1e-4, 1e-2, 9), "curve_log_mass": np.linspace(-1000, -600, 9)}
+            arrays |= {"curve_std_error": np.full(9, 20.0)}
+        return row.model_copy(update={"estimate": {**row.estimate, **chains, **values}, "rays": {}, "chains": arrays})
+
+    return make
 
 
 @pytest.fixture
@@ -130,3 +155,70 @@ def test_plot_redraws_what_was_lost(example_run, tmp_path, capsys):
     assert (tmp_path / "report.html").read_bytes() == first
     assert (tmp_path / "figures" / "radius.png").exists()
     assert f"report: {tmp_path / 'report.html'}" in capsys.readouterr().out
+
+
+@pytest.fixture
+def chain_html(make_row, make_run, make_tether, tmp_path):
+    """The report of a run with rays and chains."""
+    rows = (
+        make_row("isotropic", "isotropic", [-9000.0] * 40),
+        make_tether("tether, star", region="star"),
+        make_tether("walkers", kind="not_mixed", status="not mixed: raise effort"),
+    )
+    return report.publish(tmp_path, make_run(*rows)).read_text(encoding="utf-8")
+
+
+def text_of(html):
+    return " ".join(" ".join(read(html).text).split())
+
+
+def test_chains_add_their_figures_after_the_summary(chain_html, tmp_path):
+    names = {entry.name for entry in (tmp_path / "figures").iterdir()}
+    expected = ("summary", "curve", "ladder", "log_mass", "radius")
+    assert names == {f"{name}.{kind}" for name in expected for kind in ("png", "svg")}
+    assert re.findall(r'aria-label="([^"]*)"', chain_html) == [name.replace("_", " ") for name in expected]
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", chain_html, flags=re.DOTALL)
+    assert len(captions) == 5 and "what the best rays miss" in captions[0]
+    for caption in captions:
+        assert len(re.findall(r"\.(?:\s|$)", caption)) == 2
+    ids = read(chain_html).ids
+    assert len(ids) == len(set(ids))
+    assert "://" not in chain_html
+
+
+def test_chains_are_explained(chain_html):
+    text = text_of(chain_html)
+    for words in (
+        "Rays see the star region",
+        "The connected region is all that can be reached",
+        "at least The bound",
+        "passes The tether's log mass from the cooling pass",
+        "gradients per chain, pilot included",
+        "≥ −614.3 not mixed",
+        "−600.0 ± 2.0",
+        "walkers: not mixed: raise effort.",
+        "Nats that the best rays (isotropic, ≥ −9,003.0) leave out: tether, star 8,403.0, walkers at least 8,388.8.",
+    ):
+        assert words in text, words
+
+
+def test_rays_alone_are_not_told_about_chains(html):
+    text = text_of(re.sub(r"<style>.*?</style>", "", html, flags=re.DOTALL))
+    assert "Rays see the star region" in text
+    assert not re.search(r"tether|chains|passes", re.sub(r"short chains", "", text), flags=re.IGNORECASE)
+
+
+def test_chains_alone_are_not_told_about_rays(make_run, make_tether, tmp_path):
+    html = report.publish(tmp_path, make_run(make_tether("tether, star", region="star"))).read_text(encoding="utf-8")
+    text = text_of(html)
+    assert "Rays see" not in text and "k-hat" not in text and "The connected region" not in text
+    assert "Gradients per chain, pilot included, and wall time" in text
+    assert re.findall(r"<th scope=.col.>(.*?)</th>", html) == ["method", "log mass", "at least", "passes", "evals", "s"]
+
+
+def test_the_tether_has_its_own_colour_by_day_and_by_night(chain_html):
+    assert chain_html.count("--tether: #") == 2 and chain_html.count("--other: #") == 2
+    drawings = "".join(re.findall(r"<svg.*?</svg>", chain_html, flags=re.DOTALL))
+    assert "var(--tether)" in drawings
+    for code in (plots.INK, plots.PAPER, *plots.COLOURS.values()):
+        assert code not in drawings

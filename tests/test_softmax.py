@@ -148,3 +148,46 @@ def test_labels_out_of_range_give_nan(label):
     logits, label = jnp.zeros((1, 3)), jnp.array([label])
     for measure in (cross_entropy, is_wrong, label_gap):
         assert np.isnan(measure(logits, jnp.zeros((1, 3)), label))
+
+
+def plain_kl(logits, anchor_logits):
+    """The textbook in float64, for autodiff."""
+    log_p0, log_p = jax.nn.log_softmax(anchor_logits), jax.nn.log_softmax(logits)
+    return jnp.sum(jnp.exp(log_p0) * (log_p0 - log_p), axis=-1)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.2, 3.0])
+def test_derivatives_are_those_of_the_textbook(scale):
+    """First by both modes and second, on either side of where the series ends."""
+    rng = np.random.default_rng(4)
+    anchor_logits = rng.normal(size=5).astype(np.float32)
+    logits = (anchor_logits + scale * rng.normal(size=5)).astype(np.float32)
+    of = lambda z: kl(anchor_logits, z)
+    first, forward, second = jax.jit(lambda z: (jax.grad(of)(z), jax.jacfwd(of)(z), jax.hessian(of)(z)))(logits)
+    with jax.enable_x64(True):
+        wide, wide_anchor = jnp.asarray(logits, jnp.float64), jnp.asarray(anchor_logits, jnp.float64)
+        exact = [np.asarray(d(plain_kl)(wide, wide_anchor)) for d in (jax.grad, jax.hessian)]
+    tolerance = 2e-6 * np.max(np.abs(exact[0])) + 1e-10
+    np.testing.assert_allclose(first, exact[0], atol=tolerance)
+    np.testing.assert_allclose(forward, exact[0], atol=tolerance)
+    np.testing.assert_allclose(second, exact[1], atol=2e-6)
+
+
+def test_the_gradient_at_the_anchor_is_exactly_zero():
+    logits = np.random.default_rng(5).normal(scale=7.0, size=(40, 9)).astype(np.float32)
+    assert not np.any(kl_gradient(logits, logits))
+    assert not np.any(kl(logits, logits))
+
+
+def test_gradients_are_finite_where_a_class_is_missing():
+    """At the anchor, in both, and in the logits alone, where the value is infinite."""
+    gone, there = np.array([0.0, 1.0, -np.inf], np.float32), np.array([0.2, 0.8, -0.3], np.float32)
+    p, p0 = (np.exp(log_softmax64(z)) for z in (there, gone))
+    np.testing.assert_allclose(kl_gradient(gone, there), p - p0, atol=1e-6)
+    np.testing.assert_allclose(kl_gradient(gone, gone + 0.0), 0.0, atol=1e-7)
+    assert np.all(np.isfinite(kl_gradient(there, gone)))
+
+
+def test_no_derivative_is_taken_through_the_anchor():
+    logits, anchor_logits = jnp.array([0.0, 1.0, -1.0]), jnp.array([0.5, 0.2, -2.0])
+    assert not np.any(jax.grad(lambda z: divergence(logits, z, None))(anchor_logits))

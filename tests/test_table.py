@@ -5,6 +5,22 @@ import pytest
 from volumejax import table
 
 
+@pytest.fixture
+def make_tether(make_row):
+    """A row that chains made."""
+
+    def make(label, *, complete=True, **values):
+        row = make_row(label, "tether", [-600.0] * 16, complete=complete, settled=True)
+        chains = {
+            "hysteresis_cooling": -601.0, "hysteresis_heating": -599.04, "gradients": 3200, "progress": 1.0,
+            "noise": math.nan, "pareto_k": math.nan, "region": "connected", "status": "ok",
+        }  # fmt: skip
+        estimate = {**row.estimate, "std_error": 2.0, "lower": -614.23, **chains, **values}
+        return row.model_copy(update={"estimate": estimate, "rays": {}})
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("value", "error", "text"),
     [
@@ -37,7 +53,7 @@ def test_estimates_bounds_and_uncertified_bounds(make_row):
 
 def test_a_partial_row_says_so(make_row):
     row = make_row("isotropic", "isotropic", [-2.0] * 64, complete=False)
-    assert table.cells(row).proposal == "isotropic (partial, 64 rays)"
+    assert table.cells(row).method == "isotropic (partial, 64 rays)"
 
 
 def test_notes_carry_counts_and_remedies(make_row, make_run):
@@ -56,3 +72,77 @@ def test_notes_take_back_the_certificate_after_a_violation(make_row, make_run):
     row = row.model_copy(update={"estimate": {**row.estimate, "violation_rate": 0.25, "bound_kind": "none"}})
     text = "\n".join(table.notes(make_run(row)))
     assert "a 25.0 %" in text and "nothing is certified" in text and "audit_fraction: 1" in text
+
+
+def test_a_row_of_chains_leaves_the_cells_of_rays_empty(make_tether):
+    assert table.cells(make_tether("tether, connected")) == table.Cells(
+        method="tether, connected",
+        log_mass="-600.0 ± 2.0",
+        lower="-614.3",
+        log_mean="",
+        per_ray="",
+        passes="-601.0\n-599.0",
+        ess="",
+        pareto_k="",
+        evaluations="3,200",
+        seconds="7.2",
+        recorded="",
+    )
+
+
+def test_chains_that_have_not_mixed_claim_a_bound(make_tether):
+    row = make_tether("t", kind="not_mixed", hysteresis_heating=-300.0)
+    assert table.cells(row)[1:3] == ("≥ -614.3\nnot mixed", "")
+    assert table.cells(row).passes == "-601.0\n-300.0"
+    assert table.claim(row.estimate) == "≥ -614.3, not mixed"
+    assert table.shown(row) == -614.23
+
+
+def test_interrupted_chains_say_how_far_they_came(make_tether):
+    row = make_tether("t", complete=False, kind="lower_bound", progress=0.43, hysteresis_heating=math.nan)
+    cells = table.cells(row)
+    assert cells.method == "t (partial, 43 %)"
+    assert cells.log_mass == "≥ -614.3" and cells.passes == "-601.0"
+
+
+def test_an_estimate_from_rays_shows_its_bound_beside_it(make_row):
+    assert table.cells(make_row("a", "adam", [-2.0, -2.0], settled=True)).lower == "-5.0"
+    assert table.cells(make_row("a", "adam", [-2.0, -2.0])).lower == ""
+
+
+def test_columns_without_a_word_are_dropped(make_row, make_tether):
+    rays = table.cells(make_row("a", "adam", [-2.0, -2.0]))
+    chains = table.cells(make_tether("t"))
+    assert not {"lower", "passes", "recorded"} & set(table.filled([rays]))
+    assert table.filled([chains]) == ("method", "log_mass", "lower", "passes", "evaluations", "seconds")
+    assert table.filled([rays, chains]) == tuple(name for name in table.Cells._fields if name != "recorded")
+
+
+def test_notes_on_chains_give_bound_remedy_and_what_rays_miss(make_row, make_run, make_tether):
+    loose, tight = make_row("loose", "isotropic", [-9000.0] * 2), make_row("tight", "adam", [-7000.0] * 2)
+    remedy = "not mixed: only `lower` may be quoted; raise effort"
+    chains = (make_tether("star"), make_tether("walkers", kind="not_mixed", status=remedy))
+    lines = table.notes(make_run(loose, tight, *chains))
+    assert lines[0].startswith("≥ (every row of rays): a certified 95 % lower bound. A few rays")
+    assert lines[1] == f"walkers: {remedy}."
+    assert "Certified at 95 %" in lines[2] and "star ≥ -614.3" in lines[2] and "walkers" not in lines[2]
+    # The best rays show their bound, 3 nats below their log mean weight.
+    assert lines[3] == (
+        "Nats that the best rays (tight, ≥ -7003.0) leave out: star 6,403.0, walkers at least 6,388.8."
+    ).replace("7003", "7,003")
+    assert len(lines) == 4
+
+
+def test_rays_miss_nothing_that_chains_do_not_show(make_row, make_run, make_tether):
+    good = make_row("good", "adam", [-500.0] * 2)
+    assert table.missed(make_run(good, make_tether("t"))) == []
+    assert table.missed(make_run(make_tether("t"))) == []
+    nothing = make_row("nothing", "adam", [-math.inf] * 2)
+    assert table.missed(make_run(nothing, make_tether("t"))) == []
+
+
+def test_rounding_noise_of_rays_is_told_beside_chains(make_row, make_run, make_tether):
+    # The chains' NaN must not hide it, in either order.
+    rays, chains = make_row("a", "adam", [-2.0], settled=True, noise=2.5), make_tether("t")
+    for rows in ((rays, chains), (chains, rays)):
+        assert "by 2.5 nats" in "\n".join(table.notes(make_run(*rows)))

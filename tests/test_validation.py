@@ -7,7 +7,7 @@ import pytest
 
 from volumejax.priors import Gaussian, UniformBox
 from volumejax.tree import is_traced
-from volumejax.validation import check_question
+from volumejax.validation import check_deterministic, check_question
 
 PARAMS = {"w": jnp.array([0.5, -0.5]), "b": jnp.array(0.25)}
 PRIOR = Gaussian(1.0)
@@ -113,3 +113,29 @@ def test_what_counts_as_traced():
     jax.jit(lambda x: seen.append((is_traced(x), is_traced({"a": [x, 1.0]}))) or x)(1.0)
     jax.vmap(lambda x: seen.append((is_traced(x), is_traced((cost, x)))) or x)(jnp.ones(2))
     assert seen == [(True, True), (True, True)]
+
+
+def test_a_cost_that_changes_between_evaluations():
+    draws = iter(range(10))
+
+    def dropout(params):
+        return cost(params) + 1e-6 * jax.random.normal(jax.random.key(next(draws)))
+
+    with pytest.raises(ValueError, match=r"not deterministic: two evaluations at one point gave .* random keys"):
+        check_deterministic(dropout, PARAMS)
+
+
+def test_a_cost_that_is_deterministic_passes():
+    check_deterministic(cost, PARAMS)
+    check_deterministic(jax.jit(cost), PARAMS)
+    # What is no number is no number twice, and the anchor itself is not looked at.
+    check_deterministic(shifted(jnp.nan), PARAMS)
+    seen = []
+    check_deterministic(lambda p: jax.debug.callback(seen.append, p["b"]) or cost(p), PARAMS)
+    jax.effects_barrier()
+    assert len(seen) == 2 and np.isclose(float(seen[0]), 0.25125)
+
+
+def test_half_precision_is_checked_in_its_own_dtype():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    check_deterministic(lambda p: jnp.sum(p["w"]) * p["b"], params)

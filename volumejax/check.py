@@ -1,4 +1,4 @@
-"""Rays on problems with a known answer: is this installation, on this machine, right?"""
+"""Rays and chains on problems with a known answer: is this installation, on this machine, right?"""
 
 import dataclasses
 import time
@@ -10,7 +10,9 @@ import numpy as np
 from volumejax.proposals import Dense, Diagonal, Isotropic
 from volumejax.rays import ray_volume
 from volumejax.reference import Reference, ellipsoid, quadratic, rank_one, shell, tanh_neuron
-from volumejax.results import Kind
+from volumejax.regions import Connected, Star
+from volumejax.results import Kind, VolumeEstimate
+from volumejax.tether import tether_volume
 from volumejax.tuning import curvature_proposal
 
 MAX_DEVIATION = 4.0
@@ -19,7 +21,7 @@ MAX_DEVIATION = 4.0
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A problem and how to attack it.
+    """A problem for rays.
 
     Attributes:
         name: what it is.
@@ -37,13 +39,32 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True)
+class ChainCase:
+    """A problem for tethered chains, which must come to an estimate.
+
+    Attributes:
+        name: what it is.
+        problem: builds it; all of its region must be connected.
+        region: what the chains measure.
+        effort: as for `tether_volume`.
+        max_error: largest accepted standard error in nats.
+    """
+
+    name: str
+    problem: Callable[[], Reference]
+    region: Star | Connected
+    effort: float = 0.1
+    max_error: float = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckRow:
     """What came out.
 
     Attributes:
         name: the problem.
-        proposal: matched or isotropic.
-        truth: exact log mass of the star region, nats.
+        method: matched rays, isotropic rays, star chains or connected chains.
+        truth: exact log mass of the region that the method measures, nats.
         log_mass: the estimate, nats.
         std_error: its standard error, inf for a bound.
         lower: certified lower bound, nats.
@@ -54,7 +75,7 @@ class CheckRow:
     """
 
     name: str
-    proposal: str
+    method: str
     truth: float
     log_mass: float
     std_error: float
@@ -81,19 +102,24 @@ CASES = (
     Case("tanh neuron (3, 5)", lambda: tanh_neuron(3, 5, cutoff=1e-2), False),
     Case("shell seen from e1, D = 3", lambda: shell(3, cutoff=1e-2), False),
     Case("shell seen from e1, D = 10", lambda: shell(10, cutoff=1e-2), False),
+    ChainCase("quadratic, 20 scales", lambda: quadratic(1 / np.arange(1, 21), cutoff=1e-2), Connected()),
+    ChainCase("shell seen from e1, D = 3", lambda: shell(3, cutoff=1e-2), Star()),
+    ChainCase("shell, round the back, D = 3", lambda: shell(3, cutoff=1e-2), Connected()),
 )
 
 
-def run_checks(cases: tuple[Case, ...] = CASES, *, num_rays: int = 2048, seed: int = 0) -> Iterator[CheckRow]:
-    """Estimate each problem's log mass by rays and hold it against the exact value.
+def run_checks(
+    cases: tuple[Case | ChainCase, ...] = CASES, *, num_rays: int = 2048, seed: int = 0
+) -> Iterator[CheckRow]:
+    """Estimate each problem's log mass by rays or chains and hold it against the exact value.
 
     A row passes if it is an estimate within four standard errors of the truth, with a standard error below
     the case's cap, or if it calls itself a lower bound and the bound lies below the truth.
 
     Args:
         cases: what to run.
-        num_rays: rays per case.
-        seed: of the rays.
+        num_rays: rays per case of rays.
+        seed: of the rays and the chains.
 
     Yields:
         One row per case, as soon as it is done.
@@ -101,22 +127,14 @@ def run_checks(cases: tuple[Case, ...] = CASES, *, num_rays: int = 2048, seed: i
     for case in cases:
         began = time.perf_counter()
         problem = case.problem()
-        estimate = ray_volume(
-            jax.random.key(seed),
-            problem.cost,
-            problem.params,
-            problem.prior,
-            cutoff=problem.cutoff,
-            proposal=_proposal(case, problem),
-            num_rays=num_rays,
-        )
-        truth, log_mass = float(problem.star_log_mass), float(estimate.log_mass)
+        estimate, truth, method = _attack(case, problem, num_rays, seed)
+        log_mass = float(estimate.log_mass)
         std_error, lower = float(estimate.std_error), float(estimate.lower)
         is_bound = int(estimate.kind) != Kind.ESTIMATE
         deviation = float("nan") if is_bound else (log_mass - truth) / std_error
         yield CheckRow(
             name=case.name,
-            proposal="matched" if case.matched else "isotropic",
+            method=method,
             truth=truth,
             log_mass=log_mass,
             std_error=std_error,
@@ -128,6 +146,18 @@ def run_checks(cases: tuple[Case, ...] = CASES, *, num_rays: int = 2048, seed: i
         )
 
 
+def _attack(case: Case | ChainCase, problem: Reference, num_rays: int, seed: int) -> tuple[VolumeEstimate, float, str]:
+    """The estimate, the exact value, and the method in words."""
+    key, question = jax.random.key(seed), (problem.cost, problem.params, problem.prior)
+    if isinstance(case, ChainCase):
+        estimate = tether_volume(key, *question, cutoff=problem.cutoff, region=case.region, effort=case.effort)
+        star = isinstance(case.region, Star)
+        return estimate, float(problem.star_log_mass if star else problem.log_mass), f"{case.region.name} chains"
+    proposal = _proposal(case, problem)
+    estimate = ray_volume(key, *question, cutoff=problem.cutoff, proposal=proposal, num_rays=num_rays)
+    return estimate, float(problem.star_log_mass), "matched rays" if case.matched else "isotropic rays"
+
+
 def _proposal(case: Case, problem: Reference) -> Isotropic | Diagonal | Dense:
     if not case.matched:
         return Isotropic()
@@ -136,10 +166,13 @@ def _proposal(case: Case, problem: Reference) -> Isotropic | Diagonal | Dense:
     )
 
 
-def _verdict(case: Case, is_bound: bool, std_error: float, deviation: float, lower: float, truth: float) -> str:
+def _verdict(
+    case: Case | ChainCase, is_bound: bool, std_error: float, deviation: float, lower: float, truth: float
+) -> str:
     if not lower <= truth:
         return "bound above the truth"
-    if case.must_settle is not None and case.must_settle == is_bound:
+    must_settle = True if isinstance(case, ChainCase) else case.must_settle
+    if must_settle is not None and must_settle == is_bound:
         return "labelled a bound" if is_bound else "not labelled a bound"
     if is_bound:
         return "ok"

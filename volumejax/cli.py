@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from volumejax.config import Config
     from volumejax.records import Run
 
 OK, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run an experiment and write its run directory")
     run.add_argument("config", metavar="CONFIG.yaml", help="the experiment, e.g. configs/digits_mlp.yaml")
     run.add_argument("--output", metavar="DIR", help="directory for run directories (default: from the file)")
-    run.add_argument("--quick", action="store_true", help="few rays, to see whether everything works")
+    run.add_argument("--quick", action="store_true", help="few rays and short chains, to see whether everything works")
     run.set_defaults(command=_run)
 
     plot = commands.add_parser("plot", help="draw a run's figures and report again")
@@ -84,16 +85,16 @@ def _run(arguments: argparse.Namespace) -> int:
     config = configs.load_config(arguments.config)
     if arguments.output is not None:
         config = config.model_copy(update={"output": arguments.output})
-    asked = config.num_rays
+    asked = config
     if arguments.quick:
         config = configs.quick(config)
     directory = records.create_run_directory(config.output, config.name)
     began, created = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
 
     out = terminal.console(stderr=True)
-    out.print(f"{config.name}: {len(config.proposals)} proposals, {config.num_rays} rays each", soft_wrap=True)
+    out.print(f"{config.name}: {_plan(config)}", soft_wrap=True)
     if arguments.quick:
-        out.print(f"quick run: {config.num_rays} rays per proposal instead of {asked}", soft_wrap=True)
+        out.print(f"quick run: shortened from {_plan(asked)}", soft_wrap=True)
 
     run = records.Run(
         name=config.name,
@@ -129,14 +130,29 @@ def _run(arguments: argparse.Namespace) -> int:
         with contextlib.suppress(OSError):
             directory.rmdir()
     if not run.rows:
-        _complain("interrupted before the first rays; nothing to keep")
+        _complain("interrupted before the first result; nothing to keep")
         return INTERRUPTED
 
-    complete = len(run.rows) == len(config.proposals) and all(row.complete for row in run.rows)
+    complete = len(run.rows) == len(config.proposals) + len(config.tethers) and all(row.complete for row in run.rows)
     run = run.model_copy(update={"complete": complete})
     records.write_run(directory, run)
     _show(run, report.publish(directory, run))
     return OK if complete else INTERRUPTED
+
+
+def _plan(config: "Config") -> str:
+    """What will be measured, in a few words."""
+    parts = []
+    if config.proposals:
+        parts.append(f"{_counted(len(config.proposals), 'proposal')}, {config.num_rays} rays each")
+    if config.tethers:
+        efforts = ", ".join(f"{effort:g}" for effort in sorted({entry.effort for entry in config.tethers}))
+        parts.append(f"{_counted(len(config.tethers), 'tether')}, effort {efforts}")
+    return "; ".join(parts)
+
+
+def _counted(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def _plot(arguments: argparse.Namespace) -> int:
@@ -161,7 +177,7 @@ def _check(arguments: argparse.Namespace) -> int:
     rows = []
     for row in run_checks():
         rows.append(row)
-        err.print(f"{len(rows)} of {len(CASES)}: {row.name}, {row.proposal} rays: {row.verdict}", soft_wrap=True)
+        err.print(f"{len(rows)} of {len(CASES)}: {row.name}, {row.method}: {row.verdict}", soft_wrap=True)
     out = terminal.console()
     out.print(terminal.check_table(rows))
     failed = [row for row in rows if not row.passed]
@@ -181,7 +197,7 @@ def _show(run: "Run", path: Path) -> None:
     if not run.complete:
         out.print("partial: the run was interrupted; this is what had been measured by then.")
     if run.quick:
-        out.print("quick run: few rays; a full run gives tighter bounds.")
+        out.print("quick run: few rays and short chains; a full run gives tighter bounds.")
     for note in table.notes(run):
         out.print(note)
     out.print(f"report: {path}", soft_wrap=True)

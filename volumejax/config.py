@@ -30,7 +30,7 @@ from volumejax.config_errors import ConfigError, as_number, explain, one_line, r
 
 __all__ = ["Config", "ConfigError", "dump_config", "load_config", "parse_config", "quick"]
 
-QUICK_RAYS = 48
+QUICK_RAYS, QUICK_EFFORT = 48, 0.01
 
 
 def _number_or_word(value: Any) -> str:
@@ -49,6 +49,7 @@ class _Model(BaseModel):
 
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Label = Annotated[str, Field(min_length=1, max_length=40)]
 Sigma = Annotated[
     Annotated[PositiveFloat, Tag("number")] | Annotated[Literal["rms"], Tag("word")],
     Discriminator(_number_or_word),
@@ -83,7 +84,7 @@ class Recorded(_Model):
 
 
 class _Proposal(_Model):
-    label: Annotated[str, Field(min_length=1, max_length=40)] | None = None
+    label: Label | None = None
     recorded: Recorded | None = None
 
     @property
@@ -156,8 +157,22 @@ Proposal = Annotated[
 ]
 
 
+class Tether(_Model):
+    """Annealed chains on a tether: an estimate for the region, at a cost that grows with the effort."""
+
+    region: Literal["star", "connected"] = Field(examples=["region: connected"])
+    effort: Annotated[PositiveFloat, Field(le=1000)] = 1.0
+    num_chains: Annotated[int, Field(ge=4, le=2**20)] | None = None
+    label: Label | None = None
+
+    @property
+    def name(self) -> str:
+        """The label, or a description built from the settings."""
+        return self.label if self.label is not None else f"tether, {self.region}"
+
+
 class Config(_Model):
-    """One experiment: a task, a prior, a cutoff in nats and the ray proposals to compare."""
+    """One experiment: a task, a prior, a cutoff in nats, and the ray proposals and tethers to compare."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$", examples=["name: my_experiment"])]
     task: DigitsTask = Field(examples=["task: {kind: digits}"])
@@ -168,22 +183,31 @@ class Config(_Model):
     num_rays: Count = 256
     chunk_size: Count = 64
     audit_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
-    proposals: Annotated[tuple[Proposal, ...], Field(strict=False, min_length=1)] = Field(
-        examples=["proposals: [{kind: isotropic}]"]
-    )
+    proposals: Annotated[tuple[Proposal, ...], Field(strict=False)] = ()
+    tethers: Annotated[tuple[Tether, ...], Field(strict=False)] = ()
     output: Annotated[str, Field(min_length=1)] = "runs"
 
     @model_validator(mode="after")
     def _distinct_labels(self) -> "Config":
-        names = [_printable(proposal.name) for proposal in self.proposals]
+        names = [_printable(entry.name) for entry in (*self.proposals, *self.tethers)]
+        if not names:
+            raise PydanticCustomError(
+                "nothing",
+                "nothing to measure; add `proposals: [{kind: isotropic}]`, `tethers: [{region: connected}]` or both",
+            )
         for name in names:
             if names.count(name) > 1:
                 raise PydanticCustomError(
                     "labels",
-                    "two proposals are called {name}; give each its own `label:`",
-                    {"name": repr(name)},
+                    "two {what} are called {name}; give each its own `label:`",
+                    {"name": repr(name), "what": self._what(name)},
                 )
         return self
+
+    def _what(self, name: str) -> str:
+        kinds = {"proposals": self.proposals, "tethers": self.tethers}
+        found = [what for what, entries in kinds.items() if any(entry.name == name for entry in entries)]
+        return found[0] if len(found) == 1 else "entries"
 
 
 _MODELS: dict[str, type[BaseModel]] = {
@@ -191,6 +215,7 @@ _MODELS: dict[str, type[BaseModel]] = {
     "task": DigitsTask,
     "prior": GaussianPrior,
     "recorded": Recorded,
+    "tethers": Tether,
     "isotropic": IsotropicProposal,
     "adam": AdamProposal,
     "diagonal_ggn": DiagonalGGNProposal,
@@ -261,8 +286,9 @@ def dump_config(config: Config) -> str:
 
 
 def quick(config: Config) -> Config:
-    """The same experiment with few rays per proposal, for continuous integration."""
-    return config.model_copy(update={"num_rays": min(config.num_rays, QUICK_RAYS)})
+    """The same experiment with few rays per proposal and short chains, for continuous integration."""
+    tethers = tuple(entry.model_copy(update={"effort": min(entry.effort, QUICK_EFFORT)}) for entry in config.tethers)
+    return config.model_copy(update={"num_rays": min(config.num_rays, QUICK_RAYS), "tethers": tethers})
 
 
 def _short(number: float | None) -> str:

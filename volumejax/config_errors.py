@@ -76,7 +76,8 @@ def _explain(error: ErrorDetails, models: Models) -> str:
         value = value.get("kind") if kind == "union_tag_invalid" and isinstance(value, Mapping) else value
         if words in (["rms"], ["auto"]):
             return f"expected a number or the word `{words[0]}`, got {_shown(value)}"
-        return f"unknown kind {_shown(value)}; {_nearest(value, words)}"
+        what = error["loc"][-1] if kind == "literal_error" else "kind"
+        return f"unknown {what} {_shown(value)}; {_nearest(value, words)}"
     if kind == "invalid_key":
         return "is not a text key; rename it or remove it"
     if kind == "union_tag_not_found":
@@ -89,20 +90,20 @@ def _explain(error: ErrorDetails, models: Models) -> str:
             return f"is the string {_shown(value)}, not a number; write it without quotes: {_written(number)}"
     if kind == "int_type" and isinstance(value, float) and value.is_integer():
         return f"expected a whole number, got {value:g}; write {int(value)}"
+    first = "region" if "tethers" in error["loc"] else "kind"
     wanted = {
         "float_type": "a number such as 0.01",
         "int_type": "a whole number such as 256",
         "bool_type": "true or false",
         "string_type": "text (put it in quotes)",
-        "tuple_type": "a list of entries, each starting with `- kind:`",
-        "model_type": "a mapping such as {kind: ...}",
-        "model_attributes_type": "a mapping such as {kind: ...}",
+        "tuple_type": f"a list of entries, each starting with `- {first}:`",
+        "model_type": f"a mapping such as {{{first}: ...}}",
+        "model_attributes_type": f"a mapping such as {{{first}: ...}}",
         "int_parsing_size": "a smaller whole number",
         "finite_number": "a finite number",
         "string_too_short": "some text",
         "string_too_long": f"at most {context.get('max_length')} characters",
         "string_pattern_mismatch": "letters, digits, '.', '_' and '-' only, at most 80",
-        "too_short": "at least one entry; add `- kind: isotropic`",
     }.get(kind)
     for limit, words in (("gt", "greater than"), ("ge", "at least"), ("lt", "less than"), ("le", "at most")):
         if limit in context:

@@ -8,7 +8,14 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-__all__ = ["certified_lower", "effective_sample_size", "log_mean_error", "pareto_k", "pareto_k_limit"]
+__all__ = [
+    "certified_lower",
+    "effective_sample_size",
+    "log_mean_error",
+    "pareto_k",
+    "pareto_k_limit",
+    "split_r_hat",
+]
 
 _FEWEST = 25
 """With fewer weights the tail fit has under five points and says nothing."""
@@ -32,6 +39,22 @@ def log_mean_error(log_weights: Float[Array | np.ndarray, "rays"]) -> Float[Arra
             return jnp.full((), jnp.inf, jnp.float64)
         error = jnp.std(w, ddof=1) / (math.sqrt(n) * jnp.where(mean > 0.0, mean, 1.0))
         return jnp.where(mean > 0.0, error, jnp.inf)
+
+
+def split_r_hat(groups: Float[np.ndarray, "groups draws"]) -> float:
+    """Return the potential scale reduction of groups of draws, each split in two; NaN for fewer than four draws.
+
+    Reference: Gelman, Carlin, Stern, Dunson, Vehtari & Rubin, Bayesian Data Analysis, 3rd ed., §11.4.
+    """
+    half = groups.shape[1] // 2
+    if half < 2:
+        return math.nan
+    halves = np.concatenate([groups[:, :half], groups[:, -half:]]).astype(np.float64)
+    within = float(np.mean(np.var(halves, axis=1, ddof=1)))
+    between = float(np.var(np.mean(halves, axis=1), ddof=1))
+    if within == 0.0:
+        return 1.0 if between == 0.0 else math.inf
+    return math.sqrt((half - 1) / half + between / within)
 
 
 def pareto_k_limit(num_rays: int) -> float:

@@ -1,4 +1,4 @@
-"""From a configuration to rows: trains the anchor, builds prior and proposals, sends the rays."""
+"""From a configuration to rows: trains the anchor, builds prior and proposals, sends the rays, runs the chains."""
 
 import contextlib
 import dataclasses
@@ -11,23 +11,32 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from volumejax import curvature, tree
+from volumejax.chains import ChainTrace
 from volumejax.config import (
     AdamProposal,
     Config,
     DenseGGNProposal,
     DiagonalGGNProposal,
     IsotropicProposal,
+    Tether,
 )
 from volumejax.priors import Gaussian
 from volumejax.proposals import Dense, Diagonal
 from volumejax.rays import ray_stream
-from volumejax.records import Row
+from volumejax.records import TETHER, Row
+from volumejax.regions import Connected, Star
 from volumejax.results import VolumeEstimate
 from volumejax.tasks.digits import Task, digits_task
+from volumejax.tether import tether_stream
 from volumejax.tuning import adam_proposal, curvature_proposal, damped_proposal
 
 Proposal = Diagonal | Dense
 ProposalConfig = IsotropicProposal | AdamProposal | DiagonalGGNProposal | DenseGGNProposal
+
+
+_REGIONS = {"star": Star(), "connected": Connected()}
+_PILOT_SHARE = 0.13
+"""Share of a tether's work that its pilot takes, about."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +44,13 @@ class Progress:
     """Where a run stands.
 
     Attributes:
-        stage: training, curvature, or a proposal's name.
-        done: rays done, or 1 when a stage without rays has ended.
-        total: rays in all, or 1.
+        stage: training, curvature, or the name of a proposal or a tether.
+        done: rays or percent done, or 1 when a stage without either has ended.
+        total: rays in all, 100 percent, or 1.
         seconds: since the stage began.
-        estimate: from the rays so far.
+        estimate: from the rays or chains so far.
+        unit: what `done` counts: rays or %.
+        phase: what the chains of a tether are doing, e.g. pilot.
     """
 
     stage: str
@@ -47,6 +58,8 @@ class Progress:
     total: int
     seconds: float
     estimate: VolumeEstimate | None = None
+    unit: str = "rays"
+    phase: str = ""
 
 
 OnProgress = Callable[[Progress], None]
@@ -112,16 +125,16 @@ def prepare(config: Config, on_progress: OnProgress) -> Setting:
 
 
 def run_experiment(setting: Setting, on_progress: OnProgress) -> Iterator[Row]:
-    """Send the rays of every proposal.
+    """Send the rays of every proposal, then run the chains of every tether.
 
-    All proposals share the key, so a row does not depend on the rows before it.
+    All rows share the key, so a row does not depend on the rows before it.
 
     Args:
         setting: from `prepare`.
-        on_progress: called after every chunk of rays.
+        on_progress: called after every chunk of rays, and every few seconds while chains run.
 
     Yields:
-        A row as soon as it is finished. On KeyboardInterrupt the row from the rays so far, marked as partial,
+        A row as soon as it is finished. On KeyboardInterrupt the row from the rays or chains so far, marked as partial,
         and then nothing more.
 
     Raises:
@@ -152,6 +165,72 @@ def run_experiment(setting: Setting, on_progress: OnProgress) -> Iterator[Row]:
             return
         if estimate is not None:
             yield _row(entry, estimate, time.perf_counter() - began, config.num_rays)
+    for entry in config.tethers:
+        row = _run_chains(entry, setting, on_progress)
+        if row is not None:
+            yield row
+        if row is None or not row.complete:
+            return
+
+
+def _run_chains(entry: Tether, setting: Setting, on_progress: OnProgress) -> Row | None:
+    """The row of one tether; partial after Ctrl-C, None where the chains had not yet felt the region by then."""
+    estimate, complete, began = None, False, time.perf_counter()
+    percent, phase = 0, "pilot"
+
+    def show(share: float) -> None:
+        nonlocal percent
+        # The pilot plans the rest, so its own share is a guess, and 100 is kept for the end.
+        percent = min(99, max(percent, 1, int(100 * share)))
+        seconds = time.perf_counter() - began
+        on_progress(Progress(entry.name, percent, 100, seconds, estimate, "%", phase))
+
+    def listen(stage: str, share: float) -> None:
+        nonlocal phase
+        phase = stage
+        if stage == "pilot":
+            show(_PILOT_SHARE * share)
+
+    on_progress(Progress(entry.name, 0, 100, 0.0, None, "%", phase))
+    try:
+        for estimate in tether_stream(
+            jax.random.key(setting.config.seed),
+            setting.task.cost,
+            setting.task.params,
+            setting.prior,
+            cutoff=setting.config.cutoff,
+            region=_REGIONS[entry.region],
+            effort=entry.effort,
+            num_chains=entry.num_chains,
+            on_progress=listen,
+        ):
+            show(_progress(estimate))
+        complete = True
+        on_progress(Progress(entry.name, 100, 100, time.perf_counter() - began, estimate, "%", phase))
+    except KeyboardInterrupt:
+        pass
+    if estimate is None or not (complete or np.isfinite(estimate.lower)):
+        return None
+    return Row(
+        label=entry.name,
+        kind=TETHER,
+        seconds=time.perf_counter() - began,
+        complete=complete,
+        estimate=estimate.to_dict(),
+        chains=_chain_arrays(estimate),
+    )
+
+
+def _progress(estimate: VolumeEstimate) -> float:
+    return float(estimate.trace.progress) if isinstance(estimate.trace, ChainTrace) else 0.0
+
+
+def _chain_arrays(estimate: VolumeEstimate) -> dict[str, np.ndarray]:
+    trace, curve = estimate.trace, estimate.curve
+    arrays = {name: values for name, (_, values) in trace.labelled().items()} if isinstance(trace, ChainTrace) else {}
+    if curve is not None:
+        arrays |= {f"curve_{name}": np.asarray(values) for name, values in vars(curve).items()}
+    return arrays
 
 
 def _row(entry: ProposalConfig, estimate: VolumeEstimate, seconds: float, wanted: int) -> Row:

@@ -17,16 +17,22 @@ try:
 except ImportError as error:
     raise ImportError("figures need the run extra: pip install 'volumejax[run]'") from error
 
-from volumejax.records import Row, Run
-from volumejax.table import claim, is_bound, plus_minus
+from volumejax.records import TETHER, Row, Run
+from volumejax.table import claim, is_bound, missed, number, plus_minus, shown
 
 INK, MUTED, RULE, PAPER = "#1f2328", "#59636e", "#d1d9e0", "#ffffff"
 # Okabe and Ito's palette: told apart with any colour vision, and on light and dark ground.
-COLOURS = {"isotropic": "#7f8790", "adam": "#0072b2", "diagonal_ggn": "#d55e00", "dense_ggn": "#009e73"}
-OTHER_COLOUR = "#cc79a7"
+COLOURS = {
+    "isotropic": "#7f8790",
+    "adam": "#0072b2",
+    "diagonal_ggn": "#d55e00",
+    "dense_ggn": "#009e73",
+    TETHER: "#cc79a7",
+}
+OTHER_COLOUR = "#e69f00"
 
-_WIDTH = 5.2
-_STYLE: Sequence[Any] = (
+WIDTH = 5.2
+STYLE: Sequence[Any] = (
     "default",
     {
         "font.size": 9.5,
@@ -45,10 +51,10 @@ _STYLE: Sequence[Any] = (
 
 
 def figures(run: Run) -> dict[str, Figure]:
-    """The figures of a run by file name: summary, log_mass, radius.
+    """The figures of a run by file name: summary, and if it has rays log_mass and radius.
 
     Args:
-        run: at least one row, with its per-ray arrays.
+        run: at least one row, with its arrays.
 
     Returns:
         Matplotlib figures, bound to no display.
@@ -58,8 +64,10 @@ def figures(run: Run) -> dict[str, Figure]:
     """
     if not run.rows:
         raise ValueError("the run has no rows, so there is nothing to draw; let at least one chunk of rays finish")
-    with matplotlib.style.context(_STYLE):
-        return {"summary": _summary(run), "log_mass": _log_mass(run), "radius": _radius(run)}
+    rays = run.model_copy(update={"rows": tuple(row for row in run.rows if not row.from_chains)})
+    with matplotlib.style.context(STYLE):
+        drawn = {"summary": _summary(run)}
+        return {**drawn, "log_mass": _log_mass(rays), "radius": _radius(rays)} if rays.rows else drawn
 
 
 def render(figure: Figure, kind: str) -> bytes:
@@ -74,7 +82,7 @@ def render(figure: Figure, kind: str) -> bytes:
     """
     buffer = io.BytesIO()
     silent = dict.fromkeys(("Date", "Creator", "Format", "Type")) if kind == "svg" else {"Software": None}
-    with matplotlib.style.context(_STYLE):
+    with matplotlib.style.context(STYLE):
         figure.savefig(buffer, format=kind, dpi=180, metadata=silent)
     return buffer.getvalue()
 
@@ -85,29 +93,65 @@ def colour(row: Row) -> str:
 
 
 def _summary(run: Run) -> Figure:
-    figure, axes = _stack(run, row_height=0.5, top=0.5)
+    chained = any(row.from_chains for row in run.rows)
+    figure, axes = _stack(run, row_height=0.5, top=0.66 if chained else 0.5)
     for axis, row in zip(axes, run.rows, strict=True):
         value, shade = row.estimate, colour(row)
         _heading(axis, row, claim(value))
-        mean, sd = float(value["mean_log_weight"]), float(value["std_log_weight"])
-        if math.isfinite(mean) and math.isfinite(sd):
-            axis.plot([mean - sd, mean + sd], [0.4, 0.4], color=shade, alpha=0.3, lw=5, solid_capstyle="butt")
+        low, high = _spread(row)
+        if math.isfinite(low) and math.isfinite(high):
+            axis.plot([low, high], [0.4, 0.4], color=shade, alpha=0.3, lw=5, solid_capstyle="butt")
         lower, centre, error = (float(value[name]) for name in ("lower", "log_mass", "std_error"))
         if is_bound(value):
             _arrow(axis, lower, shade)
         elif math.isfinite(centre):
             axis.errorbar([centre], [0.4], xerr=[[1.96 * error]] * 2, color=shade, marker="o", ms=5.5, capsize=3)
+            if row.from_chains and math.isfinite(lower):
+                axis.plot([lower, centre], [0.4, 0.4], color=shade, lw=1.0)
+                axis.plot([lower, lower], [0.12, 0.68], color=shade, lw=1.8)
         _published(axis, row, -0.15)
     entries = [
         Line2D([], [], color=MUTED, lw=5, alpha=0.3, label="per ray, mean ± sd"),
         Line2D([], [], color=MUTED, marker="o", ms=5, lw=1.2, label="estimate, 95 %"),
         Line2D([], [], color=MUTED, marker=">", ms=5, lw=1.2, label="at least (95 %)"),
     ]
+    if chained:
+        entries[0].set_label("spread")
+        entries.append(Line2D([], [], color=MUTED, marker="|", ms=8, mew=1.8, lw=0, label="certified"))
     # Room for an arrow that starts at the rightmost bound.
     low, high = axes[0].get_xlim()
     axes[0].set_xlim(low, high + 0.07 * (high - low))
+    if chained:
+        entries += _gaps(run, axes)
     _finish(figure, axes, "log mass (nats)", entries + _published_entries(run))
     return figure
+
+
+def _spread(row: Row) -> tuple[float, float]:
+    """What the pale bar spans: single rays, mean ± sd, or the two passes of the chains."""
+    value = row.estimate
+    if row.from_chains:
+        first, second = (float(value.get(f"hysteresis_{name}", math.nan)) for name in ("cooling", "heating"))
+        return min(first, second), max(first, second)
+    mean, sd = float(value["mean_log_weight"]), float(value["std_log_weight"])
+    return mean - sd, mean + sd
+
+
+def _gaps(run: Run, axes: list[Axes]) -> list[Line2D]:
+    """A dotted line from the best rays to each row of chains, with the nats between where there is room."""
+    gaps = missed(run)
+    low, high = axes[0].get_xlim()
+    for axis, row in zip(axes, run.rows, strict=True):
+        for other, best, gap in gaps:
+            if other is not row:
+                continue
+            start = shown(best)
+            axis.plot([start, start + gap], [0.4, 0.4], color=MUTED, lw=1.2, ls=":", zorder=1)
+            if gap > 0.2 * (high - low):
+                least = "≥ " if is_bound(row.estimate) else ""
+                text = f"rays miss {least}{number(gap, 0)}"
+                axis.text(start + 0.5 * gap, 0.48, text, ha="center", va="bottom", fontsize=8.5, color=MUTED)
+    return [Line2D([], [], color=MUTED, lw=1.2, ls=":", label="missed by rays")] if gaps else []
 
 
 def _log_mass(run: Run) -> Figure:
@@ -167,7 +211,7 @@ def _stack(run: Run, *, row_height: float, top: float) -> tuple[Figure, list[Axe
     """One thin axis per row, sharing x; ``top`` inches are left for the legend."""
     n, bottom = len(run.rows), 0.52
     height = top + bottom + n * row_height
-    figure = Figure(figsize=(_WIDTH, height))
+    figure = Figure(figsize=(WIDTH, height))
     grid = figure.add_gridspec(n, 1, hspace=0.0, left=0.045, right=0.955, top=1 - top / height, bottom=bottom / height)
     axes: list[Axes] = []
     for i in range(n):

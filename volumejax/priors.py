@@ -127,7 +127,7 @@ class UniformBox(eqx.Module):
 
     def check(self, params: PyTree) -> None:
         """Raise a ValueError where the bounds do not fit the parameters, or leave the anchor outside."""
-        low, high = self._bounds(params)
+        low, high = self.bounds(params)
         for (path, x), a, b in zip(
             jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(low), jax.tree.leaves(high), strict=True
         ):
@@ -147,7 +147,7 @@ class UniformBox(eqx.Module):
     def log_density(self, params: PyTree) -> Float[Array, ""]:
         """Return minus the log volume of the box inside it, −∞ outside."""
         with jax.enable_x64(True):
-            low, high = self._bounds(params)
+            low, high = self.bounds(params)
             terms = jax.tree.map(lambda a, b, x: _sum_log(wide(b) - wide(a), x), low, high, params)
             inside = jax.tree.map(
                 lambda a, b, x: jnp.all(_between(x, jnp.asarray(a), jnp.asarray(b))), low, high, params
@@ -158,7 +158,7 @@ class UniformBox(eqx.Module):
     def line(self, params: PyTree, direction: PyTree) -> Line:
         """Return the prior along params + s·direction; it ends at the nearest wall ahead."""
         with jax.enable_x64(True):
-            low, high = self._bounds(params)
+            low, high = self.bounds(params)
 
             def leaf_exit(x: Array, y: Array, a: Any, b: Any) -> Array:
                 room = jnp.where(y > 0, wide(b) - wide(x), wide(a) - wide(x))
@@ -174,7 +174,7 @@ class UniformBox(eqx.Module):
 
     def sample(self, key: Key[Array, ""], like: PyTree) -> PyTree:
         """Draw parameters shaped like `like`."""
-        low, high = self._bounds(like)
+        low, high = self.bounds(like)
         leaves, treedef = jax.tree.flatten(like)
         parts = [jax.random.uniform(jax.random.fold_in(key, i), x.shape, jnp.float32) for i, x in enumerate(leaves)]
         unit = jax.tree.unflatten(treedef, parts)
@@ -182,7 +182,8 @@ class UniformBox(eqx.Module):
             spread = jax.tree.map(lambda u, a, b: wide(a) + (wide(b) - wide(a)) * wide(u), unit, low, high)
             return jax.tree.map(lambda value, x: value.astype(x.dtype), spread, like)
 
-    def _bounds(self, params: PyTree) -> tuple[PyTree, PyTree]:
+    def bounds(self, params: PyTree) -> tuple[PyTree, PyTree]:
+        """Return the bounds as pytrees like the parameters."""
         low = tree.broadcast_to(self.low, params, "UniformBox low")
         return low, tree.broadcast_to(self.high, params, "UniformBox high")
 
@@ -206,7 +207,7 @@ class UniformBall(eqx.Module):
 
     def check(self, params: PyTree) -> None:
         """Raise a ValueError where the centre does not fit the parameters, or the anchor lies outside."""
-        offset = self._offset(params)
+        offset = self.offset(params)
         if not is_traced((self.radius, offset)) and float(tree.dot(offset, offset)) > float(self.radius) ** 2:
             raise ValueError("the anchor lies outside the UniformBall; enlarge the radius or move the center")
 
@@ -218,7 +219,7 @@ class UniformBall(eqx.Module):
     def log_density(self, params: PyTree) -> Float[Array, ""]:
         """Return minus the log volume of the ball inside it, −∞ outside."""
         with jax.enable_x64(True):
-            offset = self._offset(params)
+            offset = self.offset(params)
             radius = wide(self.radius)
             log_volume = log_ball_volume(tree.size(params), jnp.log(radius))
             return jnp.where(tree.dot(offset, offset) <= radius**2, -log_volume, -jnp.inf)
@@ -226,7 +227,7 @@ class UniformBall(eqx.Module):
     def line(self, params: PyTree, direction: PyTree) -> Line:
         """Return the prior along params + s·direction; it ends at the sphere."""
         with jax.enable_x64(True):
-            offset = self._offset(params)
+            offset = self.offset(params)
             a = tree.dot(direction, direction)
             b = tree.dot(offset, direction)
             room = jnp.maximum(wide(self.radius) ** 2 - tree.dot(offset, offset), 0.0)
@@ -251,7 +252,8 @@ class UniformBall(eqx.Module):
         centre = jax.tree.map(lambda c, x: jnp.broadcast_to(jnp.asarray(c, x.dtype), x.shape), centre, like)
         return tree.axpy(scale, z, centre)
 
-    def _offset(self, params: PyTree) -> PyTree:
+    def offset(self, params: PyTree) -> PyTree:
+        """Return θ0 − centre, in float64."""
         with jax.enable_x64(True):
             centre = tree.broadcast_to(0.0 if self.center is None else self.center, params, "UniformBall center")
             return jax.tree.map(lambda x, c: wide(x) - wide(c), params, centre)

@@ -8,7 +8,7 @@ import platform
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,21 @@ try:
 except ImportError as error:
     raise ImportError("run directories need the run extra: pip install 'volumejax[run]'") from error
 
-FORMAT = 1
+FORMAT = 2
+"""What is written; 1, without chains, is read as well."""
 CONFIG_FILE, RESULT_FILE, RAYS_FILE = "config.yaml", "result.json", "rays.npz"
+TETHER = "tether"
+"""The `kind` of a row that chains made; any other names a ray proposal."""
 Scalar = float | int | str
 _PACKAGES = ("volumejax", "jax", "jaxlib", "flax", "optax", "equinox", "numpy", "scipy", "scikit-learn")
+_NEEDED = {
+    False: {"log_weight", "radius"},
+    True: {
+        *("precision", "mean_square", "acceptance", "overlap", "log_weights"),
+        *("betas", "energies", "energy_errors", "heat_capacities"),
+    },
+}
+"""Arrays that the figures of a row draw, from rays and from chains."""
 _NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
@@ -32,7 +43,7 @@ class RecordError(ValueError):
 
 
 class Row(BaseModel):
-    """One proposal's result. Log masses are in nats, `seconds` is wall time with compilation."""
+    """One proposal's or tether's result. Log masses are in nats, `seconds` is wall time with compilation."""
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
@@ -45,7 +56,20 @@ class Row(BaseModel):
     estimate: dict[str, Scalar]
     """`VolumeEstimate.to_dict()`."""
     rays: dict[str, np.ndarray] = Field(default_factory=dict, exclude=True)
-    """The arrays of `RayBatch`, each with one entry per ray."""
+    """The arrays of `RayBatch`, each with one entry per ray; empty where chains made the row."""
+    chains: dict[str, np.ndarray] = Field(default_factory=dict, exclude=True)
+    """The arrays of `ChainTrace`, and those of `Curve` as curve_cutoffs, curve_log_mass, curve_std_error once the
+    chains have come that far; empty where rays made the row."""
+
+    @property
+    def from_chains(self) -> bool:
+        """Whether chains made this row, and not rays."""
+        return self.kind == TETHER
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The row's rays or its chains."""
+        return self.chains if self.from_chains else self.rays
 
 
 class Run(BaseModel):
@@ -109,7 +133,9 @@ def write_run(directory: Path, run: Run) -> None:
     Raises:
         RecordError: a file cannot be written.
     """
-    arrays = {f"{i}/{name}": _plain_array(value) for i, row in enumerate(run.rows) for name, value in row.rays.items()}
+    arrays = {
+        f"{i}/{name}": _plain_array(value) for i, row in enumerate(run.rows) for name, value in row.arrays.items()
+    }
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # pyright: ignore[reportArgumentType]  (the stub mistakes ** for a flag)
     content = {"format": FORMAT, **run.model_dump(mode="python")}
@@ -166,8 +192,11 @@ def read_run(directory: str | Path) -> Run:
         raise
     except (ValueError, RecursionError):  # not JSON, or not UTF-8
         raise RecordError(f"{path}: is not valid JSON; run the experiment again") from None
-    arrays = _read_arrays(directory / RAYS_FILE, len(run.rows))
-    rows = tuple(row.model_copy(update={"rays": rays}) for row, rays in zip(run.rows, arrays, strict=True))
+    arrays = _read_arrays(directory / RAYS_FILE, run.rows)
+    rows = tuple(
+        row.model_copy(update={"chains" if row.from_chains else "rays": found})
+        for row, found in zip(run.rows, arrays, strict=True)
+    )
     config = _read(directory / CONFIG_FILE).decode(errors="replace")
     return run.model_copy(update={"rows": rows, "config": config})
 
@@ -207,14 +236,14 @@ def _read(path: Path) -> bytes:
         raise RecordError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def _read_arrays(path: Path, num_rows: int) -> list[dict[str, np.ndarray]]:
+def _read_arrays(path: Path, rows: Sequence[Row]) -> list[dict[str, np.ndarray]]:
     content = io.BytesIO(_read(path))
-    rows: list[dict[str, np.ndarray]] = [{} for _ in range(num_rows)]
+    found: list[dict[str, np.ndarray]] = [{} for _ in rows]
     try:
         with np.load(content, allow_pickle=False) as arrays:
             for key in arrays.files:
                 index, _, name = key.partition("/")
-                rows[int(index)][name] = arrays[key]
+                found[int(index)][name] = arrays[key]
     except (
         zipfile.BadZipFile,
         zlib.error,
@@ -226,9 +255,11 @@ def _read_arrays(path: Path, num_rows: int) -> list[dict[str, np.ndarray]]:
         AttributeError,
     ):
         raise RecordError(f"{path}: is damaged or from another run; run the experiment again") from None
-    if any("log_weight" not in rays or "radius" not in rays for rays in rows):
-        raise RecordError(f"{path}: lacks the rays of a row in {RESULT_FILE}; run the experiment again")
-    return rows
+    for row, arrays in zip(rows, found, strict=True):
+        if not _NEEDED[row.from_chains] <= arrays.keys():
+            what = "chains" if row.from_chains else "rays"
+            raise RecordError(f"{path}: lacks the {what} of a row in {RESULT_FILE}; run the experiment again")
+    return found
 
 
 def _plain_array(value: Any) -> np.ndarray:

@@ -1,6 +1,7 @@
 """A run's figures and its report: one HTML file that needs nothing else."""
 
 import re
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,13 @@ from typing import Any
 try:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
+    from matplotlib.figure import Figure
 except ImportError as error:
     raise ImportError("reports need the run extra: pip install 'volumejax[run]'") from error
 
-from volumejax import plots
+from volumejax import chain_plots, plots
 from volumejax.records import RecordError, Row, Run, write_file
-from volumejax.table import HEADERS, cells, notes, number
+from volumejax.table import HEADERS, cells, filled, notes, number
 
 REPORT_FILE, FIGURE_FOLDER = "report.html", "figures"
 
@@ -22,6 +24,23 @@ CAPTIONS = {
         "What may be claimed for each proposal: an arrow starts at a certified lower bound, a dot is "
         "an estimate with its 95 % interval, and the pale bar is the spread of single rays. All rows measure "
         "the same number, so the further right a proposal reaches, the tighter it is."
+    ),
+    "summary_with_chains": (
+        "What may be claimed for each row: an arrow starts at a certified lower bound, a dot is an estimate with its "
+        "95 % interval, a tether's upright tick is the bound that its chains certify, and the pale bar is the spread "
+        "of single rays or the gap between the two passes of the chains. The dotted line is what the best rays miss of "
+        "the region."
+    ),
+    "curve": (
+        "Above, log mass at each smaller cutoff as well, with a 95 % band, from the same chains. Below, what that "
+        "curve gains per factor e in the cutoff, averaged (learning coefficient, with a 95 % band) and from the spread "
+        "of the cost (heat capacity): they agree where mass is a pure power of the cutoff."
+    ),
+    "ladder": (
+        "Above, the mean squared distance from the trained network in units of what the tether alone would allow, as "
+        "the tether is let go from left to right: cooling and heating lie on each other where the chains have mixed. "
+        "Below, the share of moves that were accepted and the overlap of neighbouring levels (dashed): near 0, chains "
+        "stand still or levels lie too far apart."
     ),
     "log_mass": (
         "Log mass seen along each single ray, one histogram per proposal, each scaled to its own peak. The "
@@ -35,6 +54,8 @@ CAPTIONS = {
     ),
 }
 
+_WIDE_CELLS = ("lower", "log_mean", "per_ray", "passes")
+"""Columns that take a whole line on a phone."""
 _ROLES = {
     plots.INK: "ink",
     plots.MUTED: "muted",
@@ -65,7 +86,7 @@ def publish(directory: Path, run: Run) -> Path:
     except OSError as error:
         raise RecordError(f"{folder}: cannot be made ({error.strerror or error}); check its permissions") from None
     drawings = {}
-    for name, figure in plots.figures(run).items():
+    for name, figure in draw(run).items():
         svg = plots.render(figure, "svg")
         write_file(folder / f"{name}.png", plots.render(figure, "png"))
         write_file(folder / f"{name}.svg", svg)
@@ -73,6 +94,12 @@ def publish(directory: Path, run: Run) -> Path:
     path = directory / REPORT_FILE
     write_file(path, render_report(run, drawings).encode())
     return path
+
+
+def draw(run: Run) -> dict[str, Figure]:
+    """All figures of a run by file name, in the order of the report."""
+    summary = plots.figures(run)
+    return {"summary": summary.pop("summary"), **chain_plots.figures(run), **summary}
 
 
 def render_report(run: Run, drawings: dict[str, str]) -> str:
@@ -86,14 +113,17 @@ def render_report(run: Run, drawings: dict[str, str]) -> str:
         HTML without scripts and without a single external reference.
     """
     template = resources.files("volumejax").joinpath("report_template.html").read_text(encoding="utf-8")
+    columns = filled([cells(row) for row in run.rows])
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     return environment.from_string(template).render(
         run=run,
         question=_question(run),
-        headers=HEADERS,
-        rows=[_row(row) for row in run.rows],
+        headers=[getattr(HEADERS, name) for name in columns],
+        rows=[_row(row, columns) for row in run.rows],
+        rays=any(not row.from_chains for row in run.rows),
+        chains=any(row.from_chains for row in run.rows),
         notes=[_minus(note) for note in notes(run)],
-        figures=[{"svg": inline_svg(svg, name), "caption": CAPTIONS[name]} for name, svg in drawings.items()],
+        figures=[{"svg": inline_svg(svg, name), "caption": _caption(run, name)} for name, svg in drawings.items()],
         facts=_facts(run),
     )
 
@@ -122,14 +152,19 @@ def inline_svg(svg: str, name: str) -> Markup:
     return Markup(svg)
 
 
-def _row(row: Row) -> dict[str, Any]:
-    label, *rest = cells(row)._asdict().items()
-    classes = {"log_mass": "main", "log_mean": "log_mean", "per_ray": "per_ray", "recorded": "paper"}
+def _row(row: Row, columns: Sequence[str]) -> dict[str, Any]:
+    made = cells(row)
+    classes = {"log_mass": "main", "recorded": "paper", **{name: name for name in _WIDE_CELLS}}
     return {
-        "label": label[1],
+        "label": made.method,
         "colour": f"var(--{_ROLES[plots.colour(row)]})",
-        "cells": [(classes.get(name, "brief"), _minus(cell)) for name, cell in rest],
+        "cells": [(classes.get(name, "brief"), _minus(getattr(made, name))) for name in columns[1:]],
     }
+
+
+def _caption(run: Run, name: str) -> str:
+    chained = name == "summary" and any(row.from_chains for row in run.rows)
+    return CAPTIONS["summary_with_chains" if chained else name]
 
 
 def _question(run: Run) -> str:
@@ -153,10 +188,24 @@ def _question(run: Run) -> str:
             f"Of each log mass below, {prior} nats are due to the network's distance from the prior's mean; "
             "the rest is volume."
         )
-    parts.append(
-        "Rays see the star region, all that lies in a straight line of sight from the trained network; "
-        "the full region can only be larger."
-    )
+    regions = {str(row.estimate["region"]) for row in run.rows if row.from_chains}
+    if any(not row.from_chains for row in run.rows):
+        parts.append(
+            "Rays see the star region, all that lies in a straight line of sight from the trained network; "
+            "the full region can only be larger."
+        )
+    if regions:
+        parts.append(
+            "Tethers let chains walk through the region, held to the trained network by a leash that is let go step "
+            "by step."
+        )
+    if "star" in regions:
+        parts.append("Those that keep to the star region measure what rays do, without missing its wide far ends.")
+    if "connected" in regions:
+        parts.append(
+            "The connected region is all that can be reached without leaving it, round corners too, "
+            "so it can only be larger than the star."
+        )
     return _minus(" ".join(parts))
 
 

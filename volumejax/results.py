@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from volumejax.chains import ChainTrace, Curve, LearningCoefficient
+
 __all__ = ["BoundKind", "Kind", "RayBatch", "Status", "VolumeEstimate"]
 
 
@@ -74,38 +76,39 @@ class RayBatch(eqx.Module):
 class VolumeEstimate(eqx.Module):
     """A log mass with its uncertainty, its bounds and the evidence for both. All in nats unless said otherwise."""
 
-    log_mass: Float[Array, ""]
-    std_error: Float[Array, ""]
+    log_mass: Float[Array | np.ndarray, ""]
+    std_error: Float[Array | np.ndarray, ""]
     """Standard error of `log_mass`, the shortfall of the boundary search included; +inf where the tail diagnostic says
     that none can be given."""
-    lower: Float[Array, ""]
+    lower: Float[Array | np.ndarray, ""]
     """Certified lower bound at 95 %, −∞ where `bound_kind` is NONE. Rays certify it for the star as the audit sees
     it."""
-    upper: Float[Array, ""]
+    upper: Float[Array | np.ndarray, ""]
     """What can be proved from above: 0 under a proper prior, +inf otherwise."""
-    kind: Int[Array, ""]
-    bound_kind: Int[Array, ""]
-    hysteresis: Float[Array, "..."]
+    kind: Int[Array | np.ndarray, ""]
+    bound_kind: Int[Array | np.ndarray, ""]
+    hysteresis: Float[Array | np.ndarray, "..."]
     """(cooling, heating) log masses of a chain estimator; NaN where no chain ran."""
-    prior_term: Float[Array, ""]
+    prior_term: Float[Array | np.ndarray, ""]
     """−½ (θ0−m)ᵀΛ(θ0−m): the part of `log_mass` that the anchor's distance from the prior's mean accounts for."""
-    volume_term: Float[Array, ""]
-    mean_log_weight: Float[Array, ""]
-    std_log_weight: Float[Array, ""]
-    max_log_weight: Float[Array, ""]
-    ess: Float[Array, ""]
+    volume_term: Float[Array | np.ndarray, ""]
+    mean_log_weight: Float[Array | np.ndarray, ""]
+    std_log_weight: Float[Array | np.ndarray, ""]
+    max_log_weight: Float[Array | np.ndarray, ""]
+    ess: Float[Array | np.ndarray, ""]
     """Kish effective sample size."""
-    pareto_k: Float[Array, ""]
-    noise: Float[Array, ""]
+    pareto_k: Float[Array | np.ndarray, ""]
+    noise: Float[Array | np.ndarray, ""]
     """Effect of the cost's rounding, D/2 times its relative noise at the cutoff; shared by all rays, so not in
     `std_error`."""
-    scout_evaluations: Int[Array, ""]
+    scout_evaluations: Int[Array | np.ndarray, ""]
     """Cost evaluations spent on finding scale and noise before the first ray."""
     num_rays: int = eqx.field(static=True)
+    """Independent weights: rays, or annealed chains."""
     region: str = eqx.field(static=True)
-    curve: Any = None
-    learning_coefficient: Any = None
-    trace: RayBatch | None = None
+    curve: Curve | None = None
+    learning_coefficient: LearningCoefficient | None = None
+    trace: RayBatch | ChainTrace | None = None
 
     @property
     def bits(self) -> Any:
@@ -119,21 +122,23 @@ class VolumeEstimate(eqx.Module):
 
     @property
     def evaluations(self) -> int:
-        """Cost evaluations of scouts, search and audit together (concrete estimates only)."""
+        """Cost evaluations of scouts, search and audit, or gradients of all chains (concrete estimates only)."""
+        if isinstance(self.trace, ChainTrace):
+            return int(self.trace.gradients) * self.trace.num_chains
         rays = 0 if self.trace is None else np.sum(self.trace.evaluations) + np.sum(self.trace.audit_evaluations)
         return int(self.scout_evaluations) + int(rays)
 
     @property
     def violation_rate(self) -> float:
         """Share of audited rays that left the region before the crossing first claimed; NaN without an audit."""
-        if self.trace is None or not np.any(self.trace.audited):
+        if not isinstance(self.trace, RayBatch) or not np.any(self.trace.audited):
             return math.nan
         return float(np.sum(self.trace.violated) / np.sum(self.trace.audited))
 
     @property
     def counts(self) -> dict[str, int]:
         """Rays by status, those that occur."""
-        if self.trace is None:
+        if not isinstance(self.trace, RayBatch):
             return {}
         codes = np.asarray(self.trace.status)
         return {s.name.lower(): int(np.sum(codes == s)) for s in Status if np.any(codes == s)}
@@ -146,7 +151,9 @@ class VolumeEstimate(eqx.Module):
     def _remarks(self) -> list[str]:
         remarks = []
         kind, n = Kind(int(self.kind)), self.num_rays
-        if not self.log_mass > -np.inf:
+        if isinstance(self.trace, ChainTrace):
+            remarks += self._chain_remarks(kind, self.trace)
+        elif not self.log_mass > -np.inf:
             remarks.append(
                 "no mass found: the anchor is outside the cutoff or the prior, or its parameters or cost are NaN; "
                 "check the cost at the anchor"
@@ -178,9 +185,23 @@ class VolumeEstimate(eqx.Module):
                 f"{100 * rate:.1f} % of audited rays had left the region before the crossing found; "
                 "audit all of them with audit_fraction=1"
             )
-        elif math.isnan(rate) and BoundKind(int(self.bound_kind)) is BoundKind.NONE and self.trace is not None:
+        elif (
+            math.isnan(rate) and BoundKind(int(self.bound_kind)) is BoundKind.NONE and isinstance(self.trace, RayBatch)
+        ):
             remarks.append("no ray was audited, so no bound is certified; set audit_fraction above 0")
         return remarks
+
+    def _chain_remarks(self, kind: Kind, trace: ChainTrace) -> list[str]:
+        remarks = []
+        if kind is Kind.NOT_MIXED:
+            cooling, heating = (float(x) for x in self.hysteresis)
+            remarks.append(
+                f"not mixed: cooling says {cooling:.2f} and heating {heating:.2f}, max R-hat {trace.slowest:.2f}; "
+                "only `lower` may be quoted; raise effort"
+            )
+        elif kind is Kind.LOWER_BOUND:
+            remarks.append("a lower bound: the heating pass that would show the bias has not ended")
+        return remarks + trace.remarks()
 
     def to_dict(self) -> dict[str, float | int | str]:
         """Return the scalars, flat, for a logger; concrete estimates only."""
@@ -201,29 +222,46 @@ class VolumeEstimate(eqx.Module):
         hysteresis = np.asarray(self.hysteresis, np.float64)
         if hysteresis.shape == (2,):
             flat |= {"hysteresis_cooling": float(hysteresis[0]), "hysteresis_heating": float(hysteresis[1])}
+        if isinstance(self.trace, ChainTrace):
+            flat |= self.trace.scalars()
+        if self.learning_coefficient is not None:
+            flat |= {
+                "learning_coefficient": float(self.learning_coefficient.value),
+                "learning_coefficient_error": float(self.learning_coefficient.std_error),
+            }
         return flat | {f"rays_{name}": count for name, count in self.counts.items()}
 
     def summary(self) -> str:
         """Return the estimate as a few lines of text; concrete estimates only."""
         log_mass, lower, upper = float(self.log_mass), float(self.lower), float(self.upper)
-        if Kind(int(self.kind)) is Kind.LOWER_BOUND:
+        if Kind(int(self.kind)) in (Kind.LOWER_BOUND, Kind.NOT_MIXED):
             head = f"log mass ≥ {lower:.2f} nats (95 %), log mean weight {log_mass:.2f}"
         else:
             head = f"log mass = {log_mass:.2f} ± {float(self.std_error):.2g} nats, in [{lower:.2f}, {upper:.2f}]"
+        if isinstance(self.trace, ChainTrace):
+            evidence = (
+                f"  {self.trace.num_chains} chains x {int(self.trace.gradients)} gradients: cooling "
+                f"{float(self.hysteresis[0]):.2f}, heating {float(self.hysteresis[1]):.2f}, "
+                f"max R-hat {self.trace.slowest:.2f}, min overlap {self.trace.least_overlap:.2f}"
+            )
+        else:
+            evidence = (
+                f"  {self.num_rays} rays: log weight {float(self.mean_log_weight):.2f} ± "
+                f"{float(self.std_log_weight):.2f}, ESS {float(self.ess):.1f}, k-hat {float(self.pareto_k):.2f}, "
+                f"{self.evaluations} evaluations"
+            )
         return "\n".join(
             [
                 f"{head}  [{self.region} region]",
                 f"  prior term {float(self.prior_term):.2f}, volume term {float(self.volume_term):.2f}, "
                 f"{float(self.bits):.1f} bits",
-                f"  {self.num_rays} rays: log weight {float(self.mean_log_weight):.2f} ± "
-                f"{float(self.std_log_weight):.2f}, ESS {float(self.ess):.1f}, k-hat {float(self.pareto_k):.2f}, "
-                f"{self.evaluations} evaluations",
+                evidence,
                 f"  status: {self.status}",
             ]
         )
 
     def to_datatree(self) -> Any:
-        """Return the estimate as an `xarray.DataTree`: scalars at the root, per-ray arrays under `/trace`.
+        """Return the estimate as an `xarray.DataTree`: scalars at the root, arrays under `/trace` and `/curve`.
 
         Raises:
             ImportError: xarray is not installed.
@@ -236,9 +274,16 @@ class VolumeEstimate(eqx.Module):
         text = {k: v for k, v in flat.items() if isinstance(v, str)}
         root = xarray.Dataset({k: v for k, v in flat.items() if k not in text}, attrs=text)
         nodes = {"/": root}
-        if self.trace is not None:
+        if isinstance(self.trace, RayBatch):
             arrays = {name: ("rays", np.asarray(value)) for name, value in vars(self.trace).items()}
             nodes["/trace"] = xarray.Dataset(arrays)
+        elif self.trace is not None:
+            nodes["/trace"] = xarray.Dataset(self.trace.labelled())
+        if self.curve is not None:
+            nodes["/curve"] = xarray.Dataset(
+                {name: ("cutoffs", np.asarray(getattr(self.curve, name))) for name in ("log_mass", "std_error")},
+                coords={"cutoffs": np.asarray(self.curve.cutoffs)},
+            )
         return xarray.DataTree.from_dict(nodes)
 
 

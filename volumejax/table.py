@@ -1,7 +1,7 @@
 """The text of a run's table: what the terminal and the report both show."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from volumejax.records import Row, Run, Scalar
@@ -17,12 +17,14 @@ REMEDIES = {
 
 
 class Cells(NamedTuple):
-    """One row of the table, as text."""
+    """One row of the table, as text; a cell that has no meaning for the row is empty."""
 
-    proposal: str
+    method: str
     log_mass: str
+    lower: str
     log_mean: str
     per_ray: str
+    passes: str
     ess: str
     pareto_k: str
     evaluations: str
@@ -30,16 +32,37 @@ class Cells(NamedTuple):
     recorded: str
 
 
-HEADERS = Cells("proposal", "log mass", "log mean w", "per ray", "ESS", "k-hat", "evals", "s", "paper")
+HEADERS = Cells(
+    "method", "log mass", "at least", "log mean w", "per ray", "passes", "ESS", "k-hat", "evals", "s", "paper"
+)
 
 
 def cells(row: Row) -> Cells:
-    """The row as text: nats, evaluations per ray, seconds."""
+    """The row as text: nats, evaluations per ray or gradients per chain, seconds."""
     value = row.estimate
+    lower = "" if is_bound(value) else round_down(float(value["lower"]), 1)
+    if row.from_chains:
+        passes = (value.get("hysteresis_cooling", math.nan), value.get("hysteresis_heating", math.nan))
+        done = 100 * float(value["progress"])
+        return Cells(
+            method=row.label if row.complete else f"{row.label} (partial, {done:.0f} %)",
+            log_mass=claim(value).replace(", ", "\n"),
+            lower=lower,
+            log_mean="",
+            per_ray="",
+            passes="\n".join(number(x, 1) for x in passes if math.isfinite(float(x))),
+            ess="",
+            pareto_k="",
+            evaluations=number(value["gradients"], 0),
+            seconds=number(row.seconds, 1),
+            recorded="",
+        )
     rays = max(1, int(value["num_rays"]))
     return Cells(
-        proposal=row.label if row.complete else f"{row.label} (partial, {rays} rays)",
+        method=row.label if row.complete else f"{row.label} (partial, {rays} rays)",
         log_mass=claim(value),
+        lower=lower,
+        passes="",
         log_mean=number(value["log_mass"], 1),
         per_ray=plus_minus(value["mean_log_weight"], value["std_log_weight"]),
         ess=number(value["ess"], 1 if float(value["ess"]) < 10 else 0),
@@ -50,8 +73,15 @@ def cells(row: Row) -> Cells:
     )
 
 
+def filled(rows: Sequence[Cells]) -> tuple[str, ...]:
+    """The names of the columns in which some row says something, in the table's order."""
+    return tuple(name for i, name in enumerate(Cells._fields) if any(row[i] for row in rows))
+
+
 def claim(estimate: Mapping[str, Scalar]) -> str:
-    """What may be claimed: ``value ± standard error``, or ``≥ lower`` for a bound, with a * where nothing certifies it.
+    """What may be claimed: ``value ± standard error``, or ``≥ lower`` for a bound.
+
+    A * marks a bound that nothing certifies; "not mixed" one whose chains contradict each other.
 
     Args:
         estimate: `VolumeEstimate.to_dict()`, in nats.
@@ -62,7 +92,8 @@ def claim(estimate: Mapping[str, Scalar]) -> str:
     """
     if is_bound(estimate):
         star = "" if estimate["bound_kind"] == "certified" else " *"
-        return f"≥ {round_down(float(estimate['lower']), 1)}{star}"
+        mixed = ", not mixed" if estimate["kind"] == "not_mixed" else ""
+        return f"≥ {round_down(float(estimate['lower']), 1)}{star}{mixed}"
     return plus_minus(estimate["log_mass"], estimate["std_error"])
 
 
@@ -83,30 +114,69 @@ def recorded(row: Row) -> str:
 
 def notes(run: Run) -> list[str]:
     """What a reader must know before quoting a number, with remedies; one short paragraph each."""
-    bounds = sum(is_bound(row.estimate) for row in run.rows)
+    rays = [row for row in run.rows if not row.from_chains]
+    bounds = sum(is_bound(row.estimate) for row in rays)
     lines = []
     if bounds:
-        which = "every row" if bounds == len(run.rows) else f"{bounds} of {len(run.rows)} rows"
+        kind = "" if len(rays) == len(run.rows) else " of rays"
+        which = f"every row{kind}" if bounds == len(rays) else f"{bounds} of {len(rays)} rows{kind}"
         lines.append(
             f"≥ ({which}): a certified 95 % lower bound. A few rays carry the weight, so no error bar can be "
             "given; a proposal closer to the region's shape helps, more rays hardly do."
         )
     for status, remedy in REMEDIES.items():
-        counts = [(row.label, int(row.estimate.get(f"rays_{status}", 0))) for row in run.rows]
+        counts = [(row.label, int(row.estimate.get(f"rays_{status}", 0))) for row in rays]
         found = [f"{label} {count}" for label, count in counts if count]
         if found:
             lines.append(f"{status.replace('_', ' ')} rays ({', '.join(found)}): {remedy}.")
-    rates = [(row.label, float(row.estimate.get("violation_rate", math.nan))) for row in run.rows]
+    rates = [(row.label, float(row.estimate.get("violation_rate", math.nan))) for row in rays]
     violated = [f"{label} {100 * rate:.1f} %" for label, rate in rates if rate > 0]
     if violated:
         lines.append(
             f"* audited rays had left the region before the crossing found ({', '.join(violated)}): others may "
             "have too, so nothing is certified; audit all of them with audit_fraction: 1."
         )
-    noise = max((float(row.estimate.get("noise", 0.0)) for row in run.rows), default=0.0)
+    noise = max((float(row.estimate.get("noise", 0.0)) for row in rays), default=0.0)
     if noise > 0.5:
         shift = number(noise, 1)
         lines.append(f"The cost's rounding may shift every log mass by {shift} nats; no error bar includes it.")
+    return lines + _chain_notes(run)
+
+
+def missed(run: Run) -> list[tuple[Row, Row, float]]:
+    """How far rays fall short: a row of chains, the best row of rays, and the nats between what they show.
+
+    Only rows of chains that show more than the best rays. An estimate shows its value, anything else its bound.
+    """
+    rays = [row for row in run.rows if not row.from_chains and math.isfinite(shown(row))]
+    if not rays:
+        return []
+    best = max(rays, key=shown)
+    chains = [row for row in run.rows if row.from_chains]
+    return [(row, best, shown(row) - shown(best)) for row in chains if shown(row) > shown(best)]
+
+
+def shown(row: Row) -> float:
+    """The number in `claim`: the estimate, or the bound where there is none."""
+    return float(row.estimate["lower" if is_bound(row.estimate) else "log_mass"])
+
+
+def _chain_notes(run: Run) -> list[str]:
+    chains = [row for row in run.rows if row.from_chains]
+    lines = [f"{row.label}: {row.estimate['status']}." for row in chains if row.estimate["status"] != "ok"]
+    certified = [
+        f"{row.label} ≥ {round_down(float(row.estimate['lower']), 1)}" for row in chains if not is_bound(row.estimate)
+    ]
+    if certified:
+        lines.append(
+            f"Certified at 95 %, whatever the chains may have missed: {', '.join(certified)}. The ± of a tether counts "
+            "on chains that have been everywhere."
+        )
+    gaps = missed(run)
+    if gaps:
+        told = [f"{row.label} {'at least ' if is_bound(row.estimate) else ''}{number(gap, 1)}" for row, _, gap in gaps]
+        best = gaps[0][1]
+        lines.append(f"Nats that the best rays ({best.label}, {claim(best.estimate)}) leave out: {', '.join(told)}.")
     return lines
 
 

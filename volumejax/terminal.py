@@ -2,6 +2,7 @@
 
 import codecs
 import io
+import math
 import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
@@ -27,6 +28,15 @@ if TYPE_CHECKING:  # these import JAX, which the first line on the screen must n
 HEARTBEAT = 10.0
 """Seconds between two lines of one stage where the output is a file and not a terminal."""
 
+_STACKS = (
+    ("method",),
+    ("log_mass", "lower", "log_mean"),
+    ("per_ray", "passes", "recorded"),
+    ("ess", "pareto_k"),
+    ("evaluations", "seconds"),
+)
+"""Cells that share a column of a narrow table, from top to bottom."""
+
 _ASCII = {"≥": ">=", "±": "+/-", "β": "beta", "—": "-", "−": "-"}
 
 
@@ -49,14 +59,15 @@ def run_table(run: Run, width: int) -> Table:
         width: columns of the terminal.
 
     Returns:
-        One line per proposal where they fit, else stacked cells, else a list.
+        One line per row where they fit, else stacked cells, else a list.
     """
     rows = [table.cells(row) for row in run.rows]
+    columns = table.filled(rows)
     for layout in (_wide, _stacked):
-        made = layout(rows)
+        made = layout(rows, columns)
         if _least_width(made) <= width:
             return made
-    return _list(rows)
+    return _list(rows, columns)
 
 
 def check_table(rows: Iterable["CheckRow"]) -> Table:
@@ -67,7 +78,7 @@ def check_table(rows: Iterable["CheckRow"]) -> Table:
             result, deviation = f"≥ {table.round_down(row.lower, 2)}", ""
         else:
             result, deviation = table.plus_minus(row.log_mass, row.std_error), f"{row.deviation:+.1f}"
-        problem = f"{row.name}\n{row.proposal} rays"
+        problem = f"{row.name}\n{row.method}"
         lines.append((problem, table.number(row.truth, 3), result, deviation, row.verdict))
     return _grid(("problem", "truth", "log mass", "SE off", "verdict"), lines, wrapped=(0, 4), show_lines=True)
 
@@ -89,7 +100,7 @@ class Reporter:
                 SpinnerColumn(),
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=10),
-                TextColumn("{task.fields[rays]}"),
+                TextColumn("{task.fields[counted]}"),
                 TimeElapsedColumn(),
                 console=out,
                 transient=True,
@@ -119,8 +130,10 @@ class Reporter:
         elif self.bar is None and progress.total == 1:
             self._say(f"{progress.stage} ...")
         elif self.bar is None and progress.done and time.perf_counter() - self.spoke > HEARTBEAT:
-            counted = f"{progress.done} of {progress.total} rays"
-            self._say(f"{progress.stage}: {counted}, {_so_far(progress).removesuffix(', ')} so far")
+            so_far = _so_far(progress)
+            numbers = f", {so_far.removesuffix(', ')} so far" if so_far else ""
+            phase = f" ({progress.phase})" if progress.phase else ""
+            self._say(f"{progress.stage}: {_counted(progress)}{phase}{numbers}")
 
     def _say(self, line: str) -> None:
         self.out.print(Text(line), soft_wrap=True)
@@ -129,49 +142,57 @@ class Reporter:
     def _move_bar(self, bar: ProgressBar, progress: "Progress", finished: bool) -> None:
         if progress.done == 0:
             counts = progress.total > 1
-            self.stage = bar.add_task(progress.stage, total=progress.total if counts else None, rays="")
+            self.stage = bar.add_task(progress.stage, total=progress.total if counts else None, counted="")
         elif finished:
             bar.remove_task(self.stage)
         else:
             description = f"{progress.stage} {_so_far(progress).removesuffix(', ')}"
-            rays = f"{progress.done}/{progress.total}"
-            bar.update(self.stage, completed=progress.done, description=description, rays=rays)
+            counted = progress.phase or f"{progress.done}/{progress.total}"
+            bar.update(self.stage, completed=progress.done, description=description, counted=counted)
+
+
+def _counted(progress: "Progress") -> str:
+    return f"{progress.done} %" if progress.unit == "%" else f"{progress.done} of {progress.total} {progress.unit}"
 
 
 def _so_far(progress: "Progress") -> str:
+    """What has been found; nothing while chains have not felt the region yet."""
     if progress.estimate is None:
         return ""
-    return f"{table.claim(progress.estimate.to_dict())} nats, "
+    value = progress.estimate.to_dict()
+    if table.is_bound(value) and progress.unit == "%" and not math.isfinite(float(value["lower"])):
+        return ""
+    return f"{table.claim(value)} nats, "
 
 
-def _wide(rows: list[table.Cells]) -> Table:
-    made = _grid(table.HEADERS, rows)
-    made.columns[0].min_width = min(24, max(len(row.proposal) for row in [*rows, table.HEADERS]))
+def _wide(rows: list[table.Cells], columns: Sequence[str]) -> Table:
+    def pick(row: table.Cells) -> tuple[str, ...]:
+        return tuple(getattr(row, name) for name in columns)
+
+    made = _grid(pick(table.HEADERS), [pick(row) for row in rows])
+    made.columns[0].min_width = min(24, max(len(row.method) for row in [*rows, table.HEADERS]))
     return made
 
 
-def _stacked(rows: list[table.Cells]) -> Table:
-    def stack(row: table.Cells) -> tuple[str, ...]:
-        return (
-            row.proposal,
-            f"{row.log_mass}\n{row.log_mean}",
-            f"{row.per_ray}\n{row.recorded}".rstrip(),
-            f"{row.ess}\n{row.pareto_k}",
-            f"{row.evaluations}\n{row.seconds}",
-        )
+def _stacked(rows: list[table.Cells], columns: Sequence[str]) -> Table:
+    stacks = [[name for name in stack if name in columns] for stack in _STACKS]
 
-    return _grid(stack(table.HEADERS), [stack(row) for row in rows], show_lines=True)
+    def pile(row: table.Cells) -> tuple[str, ...]:
+        # An empty cell keeps its line, so that what stands below it stays level with its header.
+        return tuple("\n".join(getattr(row, name) for name in stack).rstrip() for stack in stacks if stack)
+
+    return _grid(pile(table.HEADERS), [pile(row) for row in rows], show_lines=True)
 
 
-def _list(rows: list[table.Cells]) -> Table:
+def _list(rows: list[table.Cells], columns: Sequence[str]) -> Table:
     made = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
     made.add_column(overflow="fold", no_wrap=False)
     made.add_column(overflow="fold", no_wrap=False)
     for row in rows:
-        made.add_row(Text("proposal"), Text(row.proposal, style="bold"))
-        for header, cell in zip(table.HEADERS[1:], row[1:], strict=True):
-            if cell:
-                made.add_row(header, cell)
+        made.add_row(Text(table.HEADERS.method), Text(row.method, style="bold"))
+        for name in columns[1:]:
+            if getattr(row, name):
+                made.add_row(getattr(table.HEADERS, name), getattr(row, name))
         made.add_row("", "")
     return made
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from volumejax import tree
 from volumejax.tree import is_traced
 
-__all__ = ["check_question"]
+__all__ = ["check_deterministic", "check_question"]
 
 
 def check_question(cost: Callable[[PyTree], Float[Array, ""]], params: PyTree, prior: Any, cutoff: ArrayLike) -> PyTree:
@@ -36,6 +36,17 @@ def check_question(cost: Callable[[PyTree], Float[Array, ""]], params: PyTree, p
     if not is_traced((cost, params, cutoff)):
         _check_anchor(cost, params, float(np.asarray(cutoff)))
     return params
+
+
+def check_deterministic(cost: Callable[[PyTree], Float[Array, ""]], params: PyTree) -> None:
+    """Raise a ValueError where two evaluations of the cost near the anchor differ, each traced anew."""
+    nearby = jax.tree.map(lambda x: x + (1e-3 * (1.0 + jnp.abs(x))).astype(x.dtype), params)
+    values = [float(jax.jit(lambda p: cost(p))(nearby)) for _ in range(2)]
+    if not np.array_equal(*values, equal_nan=True):
+        raise ValueError(
+            f"the cost is not deterministic: two evaluations at one point gave {values[0]:.9g} and {values[1]:.9g}; "
+            "fix its data, its dropout and its random keys"
+        )
 
 
 def _check_finite(params: PyTree) -> None:

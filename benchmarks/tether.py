@@ -1,0 +1,97 @@
+"""What the tether costs: standard error, gap of the lower bound and hysteresis against gradients and seconds.
+
+Run with a list of problems, e.g. ``python benchmarks/tether.py reference digits``; ``--effort`` scales the work.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+import volumejax as vj
+from volumejax import reference
+from volumejax.tasks.digits import digits_task
+
+
+class Job(NamedTuple):
+    """A question, and its answer where it is known."""
+
+    name: str
+    cost: Callable
+    params: object
+    prior: object
+    cutoff: float
+    region: object
+    truth: float | None
+
+
+def of_reference(problem: reference.Reference) -> Job:
+    return Job(
+        problem.name, problem.cost, problem.params, problem.prior, problem.cutoff, vj.Connected(), problem.log_mass
+    )
+
+
+def jobs(name: str) -> list[Job]:
+    if name == "reference":
+        return [
+            of_reference(reference.quadratic(np.ones(1000), cutoff=0.5)),
+            of_reference(reference.tanh_neuron(3, 5, cutoff=1e-4)),
+            of_reference(reference.shell(3, cutoff=1e-2)),
+        ]
+    if name == "large":
+        return [of_reference(reference.quadratic(np.ones(d), cutoff=25.0)) for d in (10_000, 1_000_000)]
+    if name == "neuron":
+        return [of_reference(reference.tanh_neuron(2400, 2410, cutoff=1e-2))]
+    if name == "digits":
+        task = digits_task()
+        return [
+            Job(
+                f"digits, σ = {sigma:.3g}, {region.name}",
+                task.cost,
+                task.params,
+                vj.Gaussian(sigma),
+                1e-2,
+                region,
+                None,
+            )
+            for s in (task.rms, 1.3975)
+            for region in (vj.Star(), vj.Connected())
+        ]
+    raise SystemExit(f"unknown problem {name!r}; choose from reference, large, neuron, digits")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("problems", nargs="+")
+    parser.add_argument("--effort", type=float, nargs="+", default=[0.1, 0.3, 1.0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--escort", type=float, nargs="+", default=[1.0], help="0 for plain weights")
+    arguments = parser.parse_args()
+    print(
+        "| problem | effort | escort | log mass | lower | cooling | heating | integrated | kind | gradients | s | off |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    for job in [job for name in arguments.problems for job in jobs(name)]:
+        for effort in arguments.effort:
+            for escort in arguments.escort:
+                began = time.perf_counter()
+                made = vj.tether_volume(
+                    jax.random.key(arguments.seed), job.cost, job.params, job.prior,
+                    cutoff=job.cutoff, region=job.region, effort=effort, escort=escort,
+                )  # fmt: skip
+                off = "" if job.truth is None else f"{float(made.log_mass) - job.truth:+.2f}"
+                cells = (
+                    job.name, f"{effort:g}", f"{escort:g}", f"{float(made.log_mass):.2f} ± {float(made.std_error):.2g}",
+                    f"{float(made.lower):.2f}", f"{made.hysteresis[0]:.2f}", f"{made.hysteresis[1]:.2f}",
+                    f"{float(made.trace.integrated):.2f}", vj.Kind(int(made.kind)).name.lower(),
+                    f"{made.trace.num_chains} × {int(made.trace.gradients):,}", f"{time.perf_counter() - began:.0f}",
+                    off,
+                )  # fmt: skip
+                print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The curve and the evidence of chains, by hand.
+
+Mutations these catch: a slope against the cutoff instead of its log, NaN levels counted among the smallest, the
+reference's own acceptance counted, a remark that always or never appears, axes of another length than their names.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from volumejax.chains import ChainTrace, Curve
+
+LEVELS, CHAINS, TEMPERATURES = 4, 6, 3
+
+
+@pytest.fixture
+def make_trace():
+    """Evidence of a finished run in which nothing is amiss."""
+
+    def make(**fields):
+        table = np.full((2, LEVELS), 0.7)
+        table[1, 0] = np.nan
+        values = {
+            "precision": np.array([9.0, 9.0, 3.0, 1.0]),
+            "mean_cost": table,
+            "mean_square": table,
+            "acceptance": table,
+            "inside": table,
+            "overlap": np.array([0.9, 0.5, 0.6]),
+            "r_hat": np.array([np.nan, 1.01, 1.2, 1.05]),
+            "work_std": np.ones(LEVELS - 1),
+            "log_weights": np.zeros(CHAINS),
+            **dict.fromkeys(("betas", "energies", "energy_errors", "heat_capacities"), np.ones(TEMPERATURES)),
+            "integrated": np.array(-3.5),
+            "integrated_virial": np.array(-3.4),
+            "gradients": np.array(1200),
+            "non_finite": np.array(0.0),
+            "progress": np.array(1.0),
+        }
+        return ChainTrace(**{**values, **fields})
+
+    return make
+
+
+def test_the_slope_of_a_power_law_is_its_power():
+    cutoffs = np.array([1e-3, 1e-2, 0.05, 2.0])
+    curve = Curve(cutoffs, 4.5 * np.log(cutoffs) - 3.0, np.zeros(4))
+    np.testing.assert_allclose(curve.slope, 4.5)
+    bent = Curve(np.array([1.0, math.e, math.e**3]), np.array([0.0, 2.0, 3.0]), np.zeros(3))
+    np.testing.assert_allclose(bent.slope, [2.0, 0.5])
+
+
+def test_scalars_are_the_worst_levels(make_trace):
+    assert make_trace().scalars() == {
+        "num_chains": CHAINS,
+        "gradients": 1200,
+        "max_r_hat": 1.2,
+        "min_acceptance": 0.7,
+        "min_overlap": 0.5,
+        "integrated": -3.5,
+        "non_finite": 0.0,
+        "progress": 1.0,
+    }
+
+
+def test_the_reference_is_drawn_and_does_not_count_as_moves(make_trace):
+    acceptance = np.full((2, LEVELS), 0.6)
+    acceptance[:, 0], acceptance[1, 2] = 0.0, 0.3
+    assert make_trace(acceptance=acceptance).least_acceptance == 0.3
+
+
+def test_what_was_not_visited_is_nan(make_trace):
+    empty = np.full((2, LEVELS), np.nan)
+    trace = make_trace(acceptance=empty, overlap=empty[0, 1:], r_hat=empty[0])
+    for value in (trace.least_acceptance, trace.least_overlap, trace.slowest):
+        assert math.isnan(value)
+    assert trace.remarks() == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, None),
+        ({"progress": np.array(0.37)}, "stopped at 37 % of the planned work"),
+        ({"non_finite": np.array(0.004)}, "0.4 % of trajectories met a NaN or infinite cost"),
+        ({"acceptance": np.array([[np.nan, 0.5, 0.03, 0.5]] * 2)}, "acceptance falls to 0.03 on some level"),
+        ({"acceptance": np.array([[np.nan, 0.5, 0.06, 0.5]] * 2)}, None),
+    ],
+)
+def test_each_remark_appears_where_it_should(make_trace, fields, words):
+    remarks = make_trace(**fields).remarks()
+    assert len(remarks) == (words is not None)
+    assert words is None or words in remarks[0]
+
+
+def test_remarks_add_up(make_trace):
+    trace = make_trace(progress=np.array(0.5), non_finite=np.array(0.1), acceptance=np.zeros((2, LEVELS)))
+    assert len(trace.remarks()) == 3
+
+
+def test_labelled_arrays_have_the_axes_that_they_name(make_trace):
+    lengths = {
+        "passes": 2, "levels": LEVELS, "gaps": LEVELS - 1, "chains": CHAINS, "temperatures": TEMPERATURES
+    }  # fmt: skip
+    labelled = make_trace().labelled()
+    for axes, values in labelled.values():
+        assert values.shape == tuple(lengths[axis] for axis in axes)
+    whole = {field.name for field in dataclasses.fields(ChainTrace)}
+    scalars = {"integrated", "integrated_virial", "gradients", "non_finite", "progress"}
+    assert set(labelled) == whole - scalars

@@ -1,0 +1,174 @@
+"""The ensemble's energy, slope, membership and maps, against autodiff and NumPy.
+
+Mutations these catch: a slope without the unit of δ, the old precision in the new energy, a stretch squared twice or
+not at all, D log stretch of the wrong sign, b·δ left out of the work, an image judged by its own cost where the star
+asks for the segment, NaN taken for inside, float64 left on while the user's cost runs.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from volumejax import tree
+from volumejax.ensemble import Ensemble, Position
+from volumejax.frames import frame_of
+from volumejax.priors import Gaussian, UniformBox
+from volumejax.regions import Connected, Star
+
+PARAMS = {"w": jnp.array([0.5, -0.25, 0.75]), "b": jnp.array([0.1, 0.2])}
+WIDTHS = {"w": jnp.array([0.5, 2.0, 0.1]), "b": 0.3}
+D = 5
+
+
+def cost(params):
+    away = jax.tree.map(jnp.subtract, params, PARAMS)
+    w, b = away["w"], away["b"]
+    return 0.5 * jnp.sum(jnp.array([1.0, 3.0, 20.0]) * w**2) + jnp.sum(b**4) + w[0] * b[1] ** 2
+
+
+def barrier(params):
+    """1 nat high half way to the point (1, 0), next to nothing elsewhere."""
+    return 0.01 * jnp.sum(params**2) + jnp.exp(-200.0 * jnp.sum((params - jnp.array([0.5, 0.0])) ** 2))
+
+
+def number(x):
+    with jax.enable_x64(True):
+        return jnp.float64(x)
+
+
+def ensemble_of(cost, prior, params, cutoff, region=Connected()):  # noqa: B008 - frozen and stateless
+    return Ensemble(cost, frame_of(prior, params), number(cutoff), region, False)
+
+
+def position_at(ensemble, displacement):
+    value = ensemble.value(displacement)
+    return Position(displacement, value, ensemble.reach(displacement, value), number(np.nan))
+
+
+@pytest.fixture(scope="module")
+def gaussian():
+    return ensemble_of(cost, Gaussian(WIDTHS, {"w": 0.0, "b": 0.1}), PARAMS, 50.0)
+
+
+@pytest.fixture(scope="module")
+def displacement():
+    return tree.normal_like(jax.random.key(3), PARAMS)
+
+
+carry = eqx.filter_jit(lambda ensemble, *args: ensemble.carry(*args))
+
+
+def test_the_slope_is_the_gradient_in_whitened_coordinates(gaussian, displacement):
+    value, slope = gaussian.value_and_slope(displacement)
+    composed = lambda d: cost(gaussian.frame.params(d))
+    expected = jax.grad(composed)(displacement)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), slope, expected)
+    assert {x.dtype for x in jax.tree.leaves(slope)} == {jnp.dtype("float32")}
+    assert value.dtype == jnp.float64 and float(value) == float(gaussian.value(displacement))
+    assert gaussian.dimension == D
+
+
+def test_the_cost_runs_in_the_callers_precision():
+    seen = []
+
+    def spy(params):
+        seen.append((jax.config.jax_enable_x64, params["w"].dtype))
+        return cost(params)
+
+    ensemble = ensemble_of(spy, Gaussian(1.0), PARAMS, 1.0)
+    with jax.enable_x64(True):
+        ensemble.value(PARAMS)
+        ensemble.value_and_slope(PARAMS)
+    assert set(seen) == {(False, jnp.dtype("float32"))}
+
+
+def test_the_potential_by_hand(gaussian, displacement):
+    d = np.concatenate([np.asarray(x, np.float64) for x in jax.tree.leaves(displacement)])
+    b = np.concatenate([np.asarray(x, np.float64) for x in jax.tree.leaves(gaussian.frame.pull)])
+    value = float(gaussian.value(displacement))
+    expected = 7.0 * value + 0.5 * 3.0 * d @ d + b @ d
+    actual = gaussian.potential(position_at(gaussian, displacement), number(3.0), number(7.0))
+    assert actual.dtype == jnp.float64 and np.isclose(float(actual), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("log_stretch", [0.2, -0.3, 0.0])
+def test_the_work_is_the_change_of_energy_less_the_volume(gaussian, displacement, log_stretch):
+    here, there = (number(5.0), number(0.4)), (number(3.5), number(0.6))
+    start = position_at(gaussian, displacement)
+    image, work = carry(gaussian, start, number(log_stretch), here, there)
+    factor = np.float64(np.float32(np.exp(log_stretch)))
+    expected = (
+        float(gaussian.potential(position_at(gaussian, image.displacement), *there))
+        - float(gaussian.potential(start, *here))
+        - D * np.log(factor)
+    )
+    assert abs(float(work) - expected) < 1e-5
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, factor * y, rtol=1e-6), image.displacement, displacement)
+    assert np.isclose(float(image.cost), float(gaussian.value(image.displacement)), rtol=1e-6)
+
+
+def test_the_way_back_costs_the_opposite(gaussian, displacement):
+    here, there = (number(5.0), number(0.4)), (number(3.5), number(0.6))
+    image, work = carry(gaussian, position_at(gaussian, displacement), number(0.25), here, there)
+    back, undone = carry(gaussian, image, number(-0.25), there, here)
+    assert abs(float(work) + float(undone)) < 1e-4 and abs(float(work)) > 0.1
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), back.displacement, displacement)
+
+
+def test_an_image_beyond_the_cutoff_has_no_weight(displacement):
+    start = float(ensemble_of(cost, Gaussian(1.0), PARAMS, 1.0).value(displacement))
+    ensemble = ensemble_of(cost, Gaussian(1.0), PARAMS, 1.2 * start)
+    position, same = position_at(ensemble, displacement), (number(1.0), number(1.0))
+    assert np.isfinite(float(carry(ensemble, position, number(0.01), same, same)[1]))
+    image, work = carry(ensemble, position, number(0.5), same, same)
+    assert float(work) == np.inf and float(image.cost) > 1.2 * start
+
+
+def test_an_image_beyond_the_box_has_no_weight():
+    ensemble = ensemble_of(cost, UniformBox(-2.0, 2.0), PARAMS, 1e6)
+    high = ensemble.frame.walls.high
+    near = jax.tree.map(jnp.zeros_like, PARAMS)
+    near["b"] = 0.9 * high["b"]
+    position, same = position_at(ensemble, near), (number(1.0), number(1.0))
+    assert np.isfinite(float(carry(ensemble, position, number(np.log(1.1)), same, same)[1]))
+    assert float(carry(ensemble, position, number(np.log(1.2)), same, same)[1]) == np.inf
+
+
+def test_the_star_sees_a_barrier_on_the_way_and_the_connected_region_does_not():
+    point, anchor = jnp.array([1.0, 0.0]), jnp.zeros(2)
+    aside = jnp.array([0.0, 1.0])
+    star, connected = (ensemble_of(barrier, Gaussian(1.0), anchor, 0.5, region) for region in (Star(8), Connected()))
+    for ensemble, blocked in ((star, True), (connected, False)):
+        beyond, free = position_at(ensemble, point), position_at(ensemble, aside)
+        assert np.isclose(float(beyond.cost), 0.01, rtol=1e-4)
+        assert np.isclose(float(beyond.reach), 1.0025 if blocked else 0.01, rtol=1e-4)
+        assert bool(ensemble.permits(beyond.reach, point)) is not blocked
+        assert np.isclose(float(free.reach), 0.01, rtol=1e-4) and ensemble.permits(free.reach, aside)
+    # From half of the way an image lands behind the barrier.
+    same, start = (number(1.0), number(1.0)), jnp.array([0.3, 0.0])
+    works = [float(carry(e, position_at(e, start), number(np.log(3.0)), same, same)[1]) for e in (star, connected)]
+    assert works[0] == np.inf and np.isfinite(works[1])
+
+
+def test_the_reach_includes_the_point_itself():
+    steep = ensemble_of(lambda x: jnp.sum(x**4), Gaussian(1.0), jnp.zeros(2), 0.5, Star(4))
+    point = jnp.array([1.0, 0.0])
+    assert float(position_at(steep, point).reach) == 1.0
+    alone = ensemble_of(lambda x: jnp.sum(x**4), Gaussian(1.0), jnp.zeros(2), 0.5, Star(1))
+    assert float(position_at(alone, point).reach) == 1.0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_costs_that_are_not_finite_are_outside(bad):
+    broken = lambda x: jnp.where(jnp.abs(jnp.sum(x) - 0.5) < 0.2, bad, 0.0 * jnp.sum(x))
+    star, connected = (
+        ensemble_of(broken, Gaussian(1.0), jnp.zeros(1), 0.5, region) for region in (Star(8), Connected())
+    )
+    here = jnp.array([0.5])
+    assert not connected.permits(connected.value(here), here)
+    assert connected.permits(number(0.5), here) and not connected.permits(number(0.5001), here)
+    if not bad < 0:  # The largest cost on a segment does not see what is below all others.
+        assert float(position_at(star, jnp.array([1.0])).reach) == np.inf
+    assert float(position_at(connected, here).reach) == (np.inf if np.isnan(bad) else bad)

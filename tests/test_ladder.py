@@ -1,0 +1,164 @@
+"""Ladders from surveys whose work, steps and energies are planted.
+
+Mutations these catch: rungs in the order of rising precision, a cost felt by the reference, density ∝ V instead of its
+root, gradients counted without the first of each trajectory, a stretch beyond the last rung, masses for variances, the
+joint rung off by one.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from volumejax.ladder import Survey, kappa_ladder, temperature_ladder
+
+STOPS, TABLE = 41, 64
+MOST_STEPS = 400
+
+
+def survey_of(spread_of_slope, *, covariance=0.0, bottom=0.0, step_size=0.3, confined=20.0, ends_flat=False):
+    """From x = 8 down to `bottom`; X has the given standard deviation at each stop, B unit variance."""
+    x = np.linspace(8.0, bottom, STOPS)
+    # Two columns of zero mean, unit variance and no correlation.
+    angles = 2 * np.pi * (np.arange(TABLE) + 0.5) / TABLE
+    first, second = np.sqrt(2) * np.cos(angles), np.sqrt(2) * np.sin(angles)
+    deviation = np.broadcast_to(np.asarray(spread_of_slope, float), x.shape)[:, None]
+    slope = 100.0 + deviation * first
+    stretching = covariance * first + np.sqrt(1 - covariance**2) * second
+    return Survey(
+        x=x,
+        slope=slope,
+        stretching=np.broadcast_to(stretching, slope.shape),
+        leaf_variance=np.stack([np.exp(-x), 0.01 * np.exp(-x)], axis=1),
+        step_size=np.full(STOPS, step_size),
+        spread=np.full(STOPS, 0.4),
+        confined=np.full(STOPS, confined),
+        ceiling=np.full(STOPS, np.inf),
+        beta=500.0,
+        natural_beta=200.0,
+        anchor_cost=0.0,
+        share_below=1.0,
+        step_below=step_size,
+        least_spread=0.0,
+        ends_flat=ends_flat,
+    )
+
+
+def kappa(survey, budget=40_000.0, escort=0.9, most_steps=MOST_STEPS):
+    return kappa_ladder(survey, budget=budget, most_steps=most_steps, escort=escort)
+
+
+def gradients(rungs):
+    return float(np.sum(rungs.num_moves * (rungs.num_steps + 1.0)))
+
+
+def density(rungs, high, low):
+    """Rungs, times moves, per unit of x between two values of x."""
+    x = np.log(rungs.precision[1:])
+    return np.sum(np.where((x < high) & (x >= low), rungs.num_moves[1:], 0)) / (high - low)
+
+
+def test_the_ladder_goes_from_the_reference_down_to_the_prior():
+    rungs = kappa(survey_of(8.0))
+    assert rungs.precision[0] == rungs.precision[1] and np.isclose(rungs.precision[1], np.exp(8.0))
+    assert np.all(np.diff(rungs.precision[1:]) < 0.0) and np.isclose(rungs.precision[-1], 1.0)
+    assert rungs.beta[0] == 0.0 and np.all(rungs.beta[1:] == 500.0)
+    assert rungs.num_moves[0] == 0 and np.all(rungs.num_moves[1:] >= 1)
+    assert rungs.stretch[0] == 0.0 and rungs.stretch[-1] == 0.0
+    count = len(rungs.precision)
+    assert rungs.masses.shape == (count, 2) and rungs.num_steps.dtype == np.int32
+    assert all(len(part) == count for part in vars(rungs).values())
+
+
+@pytest.mark.parametrize("covariance", [0.0, 0.5])
+@pytest.mark.parametrize("budget", [5_000.0, 10_000.0, 60_000.0])
+def test_the_budget_is_spent(budget, covariance):
+    assert 0.75 * budget <= gradients(kappa(survey_of(8.0, covariance=covariance), budget)) <= 1.25 * budget
+
+
+def test_a_small_budget_does_not_tear_the_ladder():
+    """Neighbours stay close enough for their works, whatever that costs."""
+    rungs = kappa(survey_of(8.0), budget=10.0)
+    gaps = -np.diff(np.log(rungs.precision[1:]))
+    assert np.max(gaps) * 8.0 < 4.0
+    wide = kappa(survey_of(1e-2), budget=10.0)
+    assert np.max(-np.diff(np.log(wide.precision[1:]))) < 1.0
+
+
+def test_rungs_are_dense_where_the_work_varies():
+    """Four times the standard deviation takes four times the rungs. Mutation: density ∝ V takes sixteen."""
+    deviation = np.where(np.linspace(8.0, 0.0, STOPS) > 4.0, 2.0, 8.0)
+    rungs = kappa(survey_of(deviation), budget=30_000.0)
+    assert 3.4 < density(rungs, 3.0, 1.0) / density(rungs, 7.0, 5.0) < 4.6
+
+
+def test_rungs_are_sparse_where_moves_are_dear():
+    """Four times the steps take half as many rungs."""
+    step_size = np.where(np.linspace(8.0, 0.0, STOPS) > 4.0, 0.2, 0.05)
+    survey = dataclasses.replace(survey_of(8.0), step_size=step_size)
+    rungs = kappa(survey, budget=200_000.0)
+    high, low = (rungs.num_steps[np.argmin(np.abs(np.log(rungs.precision) - x))] for x in (6.0, 2.0))
+    assert 3.6 < low / high < 4.4
+    assert 0.42 < density(rungs, 3.0, 1.0) / density(rungs, 7.0, 5.0) < 0.58
+
+
+@pytest.mark.parametrize(("covariance", "escort", "share"), [(0.3, 0.9, 0.6), (0.3, 0.25, 0.25), (0.3, 0.0, 0.0)])
+def test_the_stretch_is_the_best_one_up_to_the_escort(covariance, escort, share):
+    """X with deviation 1 and B with 1: the variance X − ½pB is least at p = 2·cov."""
+    rungs = kappa(survey_of(1.0, covariance=covariance), escort=escort)
+    gaps = -np.diff(np.log(rungs.precision[1:]))
+    np.testing.assert_allclose(rungs.stretch[1:-1], 0.5 * share * gaps, rtol=1e-6, atol=1e-12)
+
+
+def test_a_stretch_that_does_harm_is_not_taken():
+    rungs = kappa(survey_of(1.0, covariance=-0.5))
+    assert np.all(rungs.stretch == 0.0)
+
+
+def test_masses_are_one_over_the_variances():
+    rungs = kappa(survey_of(4.0))
+    np.testing.assert_allclose(rungs.masses[:, 0], rungs.precision, rtol=1e-6)
+    np.testing.assert_allclose(rungs.masses[:, 1], 100.0 * rungs.precision, rtol=1e-6)
+
+
+def test_steps_stay_within_their_bounds():
+    rungs = kappa(survey_of(4.0, step_size=1e-4), most_steps=17)
+    assert rungs.num_steps.max() == 17
+    assert kappa(survey_of(4.0, step_size=50.0)).num_steps.min() == 2
+
+
+def test_a_flat_prior_ends_without_a_tether():
+    bound, flat = (kappa(survey_of(4.0, bottom=-2.0, ends_flat=flat)) for flat in (False, True))
+    assert len(flat.precision) == len(bound.precision) + 1
+    assert flat.precision[-1] == 0.0 and np.all(np.diff(flat.precision[1:]) < 0.0)
+    np.testing.assert_allclose(flat.precision[:-1], bound.precision)
+    assert flat.stretch[-1] == flat.stretch[-2] == 0.0
+    for name in ("masses", "step_size", "num_steps", "num_moves", "beta"):
+        np.testing.assert_allclose(getattr(flat, name)[-1], getattr(flat, name)[-2])
+
+
+def temperatures(survey, decades=2.0, budget=4000.0):
+    return temperature_ladder(survey, decades=decades, most_steps=MOST_STEPS, budget=budget)
+
+
+@pytest.mark.parametrize("decades", [2.0, 0.5])
+def test_temperatures_run_from_cold_to_natural_through_the_joint(decades):
+    rungs, joint = temperatures(survey_of(4.0), decades)
+    np.testing.assert_allclose(rungs.beta[[0, joint, -1]], [500.0 * 10**decades, 500.0, 200.0])
+    assert np.all(np.diff(rungs.beta) < 0.0) and 0 < joint < len(rungs.beta) - 1
+    assert np.all(rungs.precision == 1.0) and np.all(rungs.stretch == 0.0)
+    assert np.all(rungs.num_moves >= 1) and rungs.num_steps.dtype == np.int32
+    assert np.all(np.diff(rungs.step_size[joint:]) == 0.0) and np.all(np.diff(rungs.step_size[: joint + 1]) > 0.0)
+
+
+@pytest.mark.parametrize("confined", [20.0, 2000.0])
+def test_neighbouring_temperatures_overlap(confined):
+    """√λ times the gap in log β is the distance of the energies in standard deviations."""
+    rungs, _ = temperatures(survey_of(4.0, confined=confined))
+    distance = -np.diff(np.log(rungs.beta)) * np.sqrt(confined)
+    assert np.all(distance < 2.5) and np.max(distance) > 0.5
+
+
+def test_temperatures_of_a_flat_prior_have_no_tether():
+    rungs, _ = temperatures(survey_of(4.0, bottom=-2.0, ends_flat=True))
+    assert np.all(rungs.precision == 0.0)

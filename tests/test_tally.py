@@ -1,0 +1,193 @@
+"""From records to sums, on ladders whose works are planted.
+
+Mutations these catch: works of neighbours paired off by one, the sign of a free energy, a pass that was not asked for
+counted, the heating pass's own look at the reference, energies not counted from the anchor, the last rung's step
+counted among the weights.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from volumejax.annealing import Record
+from volumejax.ensemble import Rung
+from volumejax.tally import COOLING, HEATING, Tally
+
+CHAINS, LEVELS, JOINT = 8, 4, 2
+BETAS = np.array([80.0, 40.0, 20.0, 10.0, 5.0])
+KAPPA_STEPS = np.array([2.0, -0.5, 3.25])
+"""ΔF from each rung of the κ ladder to the next."""
+BETA_STEPS = np.array([-1.5, -1.25, -1.0, -0.75])
+REFERENCE, ANCHOR_COST = -7.0, 0.02
+CUTOFFS = np.array([0.1, 0.3, 2.0])
+EVERYONE = np.arange(CHAINS)
+
+
+def ladder(precision, beta):
+    with jax.enable_x64(True):
+        ones = jnp.ones(len(beta), jnp.float64)
+        rungs = Rung(
+            precision=precision * ones, beta=beta * ones, masses=ones[:, None], step_size=ones, spread=ones,
+            num_steps=ones, num_moves=ones, stretch=ones,
+        )  # fmt: skip
+    return jax.tree.map(np.asarray, rungs)
+
+
+def record(rungs, steps, costs, noise=0.0):
+    """Visits whose works are constant but for noise that differs from chain to chain."""
+    rows = len(rungs)
+    down, up = np.append(steps, 0.0), np.insert(-steps, 0, 0.0)
+    wobble = noise * np.linspace(-1.0, 1.0, CHAINS)
+    plain = {name: np.ones((rows, CHAINS)) for name in Record._fields}
+    plain |= {
+        "cost": costs,
+        "reach": costs + 0.05,
+        "leaf_squares": np.ones((rows, CHAINS, 1)),
+        "permitted": np.ones((rows, CHAINS), bool),
+        "work_down": down[rungs][:, None] + wobble,
+        "work_up": up[rungs][:, None] - wobble,
+    }
+    return Record(**plain)
+
+
+def costs_at(rungs, seed):
+    return ANCHOR_COST + np.random.default_rng(seed).gamma(3.0, 1.0, (len(rungs), CHAINS)) / BETAS[rungs][:, None]
+
+
+@pytest.fixture
+def make_tally():
+    return lambda: Tally(
+        ladder(np.array([9.0, 9.0, 3.0, 1.0]), np.array([0.0, 20.0, 20.0, 20.0])), ladder(np.ones(5), BETAS), JOINT,
+        REFERENCE, CHAINS, ANCHOR_COST,
+    )  # fmt: skip
+
+
+def enter_kappa(tally, which, noise=0.0):
+    rungs = list(range(LEVELS)) if which == COOLING else list(range(LEVELS - 1, 0, -1))
+    tally.add_kappa(which, rungs, record(rungs, KAPPA_STEPS, np.full((len(rungs), CHAINS), 0.1), noise))
+
+
+def enter_temperature(tally, which, rungs, seed, *, weighs=False):
+    costs = costs_at(rungs, seed)
+    tally.add_temperature(which, rungs, record(rungs, BETA_STEPS, costs), weighs=weighs)
+    return costs
+
+
+@pytest.fixture
+def whole(make_tally):
+    """Both passes over all rungs, and the costs of each."""
+    tally = make_tally()
+    for which in (COOLING, HEATING):
+        enter_kappa(tally, which)
+    costs = {which: enter_temperature(tally, which, [0, 1, 2, 3, 4], which) for which in (COOLING, HEATING)}
+    return tally, costs
+
+
+def mass_by_hand(costs, betas, log_z, cutoff):
+    """Every rung's samples, one row each."""
+    weights = 1 / np.sum(costs.shape[1] * np.exp(-betas * costs[..., None] - log_z), axis=-1)
+    return np.log(np.sum(weights[costs + 0.05 <= cutoff]))
+
+
+def test_sums_by_hand(whole):
+    tally, costs = whole
+    both = np.concatenate([costs[COOLING], costs[HEATING]], axis=1)
+    sums = tally.sums(CUTOFFS, 0.5, chains=EVERYONE)
+    np.testing.assert_allclose(sums.kappa_differences, KAPPA_STEPS, atol=1e-9)
+    np.testing.assert_allclose(sums.beta_differences, BETA_STEPS, atol=1e-9)
+    log_z = REFERENCE - np.sum(KAPPA_STEPS) + np.array([-2.75, -1.25, 0.0, 1.0, 1.75])
+    assert abs(sums.log_mass - mass_by_hand(both, BETAS, log_z, 0.5)) < 1e-9
+    np.testing.assert_allclose(sums.curve, [mass_by_hand(both, BETAS, log_z, c) for c in CUTOFFS], atol=1e-9)
+    np.testing.assert_allclose(sums.energies, BETAS * (both.mean(1) - ANCHOR_COST), rtol=1e-12)
+    np.testing.assert_allclose(sums.heat_capacities, BETAS**2 * both.var(1, ddof=1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("which", [COOLING, HEATING])
+def test_one_pass_alone(whole, which):
+    tally, costs = whole
+    sums = tally.sums(CUTOFFS, 0.5, chains=EVERYONE, passes=(which,))
+    np.testing.assert_allclose(sums.energies, BETAS * (costs[which].mean(1) - ANCHOR_COST), rtol=1e-12)
+    np.testing.assert_allclose(sums.kappa_differences, KAPPA_STEPS, atol=1e-9)
+
+
+def test_some_chains_alone(whole):
+    tally, costs = whole
+    kept = np.array([0, 3, 4])
+    both = np.concatenate([costs[COOLING][:, kept], costs[HEATING][:, kept]], axis=1)
+    sums = tally.sums(CUTOFFS, 0.5, chains=kept)
+    np.testing.assert_allclose(sums.energies, BETAS * (both.mean(1) - ANCHOR_COST), rtol=1e-12)
+
+
+def test_the_sign_of_the_tether_and_of_the_temperature(whole):
+    """Each ΔF takes its nats from the mass. Mutation: a sum with the other sign moves the mass by twice its size."""
+    tally, _ = whole
+    before = tally.sums(CUTOFFS, 0.5, chains=EVERYONE).log_mass
+    tally.kappa_seen["work_down"][:, 1] += 0.4
+    tally.kappa_seen["work_up"][:, 2] -= 0.4
+    assert np.isclose(tally.sums(CUTOFFS, 0.5, chains=EVERYONE).log_mass, before - 0.4, atol=1e-9)
+
+
+def test_a_pass_without_the_colder_rungs_spoils_nothing(make_tally):
+    tally = make_tally()
+    enter_kappa(tally, COOLING)
+    enter_kappa(tally, HEATING)
+    rungs = [4, 3, 2]
+    enter_temperature(tally, HEATING, rungs, 5)
+    costs = costs_at(rungs, 5)[::-1]
+    sums = tally.sums(CUTOFFS, 0.5, chains=EVERYONE, passes=(HEATING,))
+    log_z = REFERENCE - np.sum(KAPPA_STEPS) + np.array([0.0, 1.0, 1.75])
+    assert abs(sums.log_mass - mass_by_hand(costs, BETAS[2:], log_z, 0.5)) < 1e-9
+    assert np.all(np.isnan(sums.energies[:2])) and np.all(np.isfinite(sums.energies[2:]))
+    # The other pass sees to the colder rungs where both are asked for.
+    enter_temperature(tally, COOLING, [0, 1, 2, 3, 4], 6)
+    together = tally.sums(CUTOFFS, 0.5, chains=EVERYONE)
+    assert np.all(np.isfinite(together.energies)) and np.all(np.isfinite(together.curve))
+    np.testing.assert_allclose(together.beta_differences, BETA_STEPS, atol=1e-9)
+
+
+def test_the_reference_belongs_to_both_passes(make_tally):
+    """The heating pass never sees rung 0, yet its sum needs the first difference."""
+    tally = make_tally()
+    enter_kappa(tally, COOLING, noise=0.2)
+    enter_kappa(tally, HEATING, noise=0.2)
+    enter_temperature(tally, HEATING, [4, 3, 2], 5)
+    assert np.all(np.isnan(tally.kappa_seen["work_down"][HEATING, 0]))
+    sums = tally.sums(CUTOFFS, 0.5, chains=EVERYONE, passes=(HEATING,))
+    np.testing.assert_allclose(sums.kappa_differences, KAPPA_STEPS, atol=0.1)
+    assert np.isfinite(sums.log_mass)
+
+
+def test_the_bound_weights_of_chains_on_their_way(make_tally):
+    tally = make_tally()
+    tally.add_kappa(COOLING, [0, 1], record([0, 1], KAPPA_STEPS, np.zeros((2, CHAINS)), 0.3))
+    costs, wobble = np.linspace(0.0, 0.4, CHAINS), 2 * 0.3 * np.linspace(-1, 1, CHAINS)
+    expected = REFERENCE - np.sum(KAPPA_STEPS[:2]) - wobble + 20.0 * costs
+    np.testing.assert_allclose(tally.bound_weights(costs, 20.0), expected, rtol=1e-12)
+
+
+def test_the_bound_weights_of_finished_chains_average_the_final_factor(make_tally):
+    tally = make_tally()
+    enter_kappa(tally, COOLING)
+    enter_kappa(tally, HEATING, noise=5.0)  # not part of the weights
+    costs = enter_temperature(tally, COOLING, [2, 3, 4, 4, 4], 1, weighs=True)
+    enter_temperature(tally, COOLING, [4, 3, 2, 1, 0], 2)
+    start = REFERENCE - np.sum(KAPPA_STEPS) - np.sum(BETA_STEPS[2:])
+    expected = start + np.log(np.mean(np.exp(5.0 * costs[2:]), axis=0))
+    np.testing.assert_allclose(tally.bound_weights(np.full(CHAINS, np.nan), np.nan), expected, rtol=1e-12)
+
+
+def test_a_miss_takes_the_weight_of_its_chain_for_good(make_tally):
+    tally = make_tally()
+    seen = record([0, 1, 2], KAPPA_STEPS, np.zeros((3, CHAINS)))
+    seen.work_down[1, 5] = np.inf
+    tally.add_kappa(COOLING, [0, 1, 2], seen)
+    weights = tally.bound_weights(np.zeros(CHAINS), 20.0)
+    assert weights[5] == -np.inf and np.all(np.isfinite(np.delete(weights, 5)))
+
+
+def test_overlaps_of_constant_works_are_one_and_fall_with_misses(whole):
+    tally, _ = whole
+    np.testing.assert_allclose(tally.overlaps(KAPPA_STEPS), 1.0, atol=1e-12)
+    tally.kappa_seen["work_down"][:, 1] = np.inf
+    np.testing.assert_allclose(tally.overlaps(KAPPA_STEPS), [1.0, 0.5, 1.0], atol=1e-12)

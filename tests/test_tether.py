@@ -1,0 +1,256 @@
+"""The tether estimator against exact answers, and what it must refuse or admit.
+
+Mutations these catch: the Jacobian of the escort dropped, a work with the wrong sign, the reference's normaliser
+without its pull, the final factor e^{βC} left out, a wall that does not reject, heating records taken for cooling ones.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import volumejax as vj
+from volumejax import reference
+from volumejax.results import BoundKind, Kind
+
+SPREAD = np.logspace(-3, 2, 100)
+
+
+def measure(problem, seed=0, **options):
+    return vj.tether_volume(
+        jax.random.key(seed), problem.cost, problem.params, problem.prior, cutoff=problem.cutoff, **options
+    )
+
+
+def check(estimate, truth, *, cap=None, gap=5.0):
+    cap = max(0.5, 0.005 * abs(truth)) if cap is None else cap
+    assert estimate.kind == Kind.ESTIMATE, estimate.status
+    assert abs(estimate.log_mass - truth) <= 4.0 * estimate.std_error
+    assert estimate.std_error <= cap
+    assert estimate.bound_kind == BoundKind.CERTIFIED
+    assert truth - gap <= estimate.lower <= truth
+    assert estimate.lower <= estimate.upper
+
+
+PROBLEMS = {
+    "A, 10 equal": lambda: reference.quadratic(np.ones(10), cutoff=0.01),
+    "A, 20 scales, 1e-3": lambda: reference.quadratic(1 / np.arange(1, 21), cutoff=1e-3),
+    "A, 20 scales, 1": lambda: reference.quadratic(1 / np.arange(1, 21), cutoff=1.0),
+    "C, Gaussian": lambda: reference.normal_crossing((1, 1), cutoff=1e-4, gaussian=True),
+    "D, (3, 5)": lambda: reference.rank_one(3, 5, cutoff=1e-4),
+    "E, (1, 1)": lambda: reference.tanh_neuron(1, 1, cutoff=1e-4),
+    "E, (3, 5)": lambda: reference.tanh_neuron(3, 5, cutoff=1e-2),
+    "H, all of the shell": lambda: reference.shell(3, cutoff=1e-2),
+    "H, Gaussian": lambda: reference.shell(3, cutoff=1e-2, gaussian=True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_exact_answer_is_within_four_errors(name):
+    problem = PROBLEMS[name]()
+    for seed in range(3):
+        check(measure(problem, seed, effort=0.2), problem.log_mass)
+
+
+@pytest.mark.slow
+def test_the_star_of_the_shell_is_what_rays_see():
+    problem = reference.shell(3, cutoff=1e-2)
+    for seed in range(3):
+        estimate = measure(problem, seed, region=vj.Star(), effort=0.2)
+        check(estimate, problem.star_log_mass)
+        assert estimate.region == "star"
+
+
+@pytest.mark.slow
+def test_flat_priors_with_walls_give_the_share_of_the_ball_or_box():
+    h = np.array([1.0, 4.0, 0.5, 2.0])
+    ellipsoid = reference.ellipsoid(h, cutoff=0.1)
+    anchor = jnp.zeros(4)
+    ball_volume = 0.5 * 4 * np.log(np.pi) - np.log(2.0) + 4 * np.log(1.5)
+    for seed in range(3):
+        box = vj.tether_volume(
+            jax.random.key(seed), ellipsoid.cost, anchor, vj.UniformBox(-2.0, 2.0), cutoff=0.1, effort=0.2
+        )
+        check(box, ellipsoid.log_mass - 4 * np.log(4.0))
+        ball = vj.tether_volume(
+            jax.random.key(seed), ellipsoid.cost, anchor, vj.UniformBall(1.5), cutoff=0.1, effort=0.2
+        )
+        check(ball, ellipsoid.log_mass - ball_volume)
+
+
+@pytest.mark.slow
+def test_a_thousand_dimensions():
+    problem = reference.quadratic(np.ones(1000), cutoff=0.5)
+    check(measure(problem, effort=0.05), problem.log_mass, cap=5.0)
+
+
+@pytest.mark.slow
+def test_ten_thousand_dimensions():
+    problem = reference.quadratic(np.ones(10_000), cutoff=25.0)
+    check(measure(problem, effort=0.05), problem.log_mass, cap=5.0, gap=20.0)
+
+
+@pytest.fixture(scope="module")
+def ball():
+    return reference.quadratic(np.ones(6), cutoff=0.1)
+
+
+@pytest.fixture(scope="module")
+def estimate(ball):
+    return measure(ball, effort=0.05)
+
+
+def test_summary_fields_fit_each_other(ball, estimate):
+    check(estimate, ball.log_mass)
+    assert estimate.volume_term == estimate.log_mass - estimate.prior_term
+    flat = estimate.to_dict()
+    assert flat["kind"] == "estimate" and flat["region"] == "connected" and flat["progress"] == 1.0
+    assert flat["hysteresis_cooling"] == estimate.hysteresis[0]
+    assert "chains" in estimate.summary() and estimate.status == "ok"
+    assert set(estimate.to_datatree().children) == {"trace", "curve"}
+
+
+def test_the_curve_follows_the_exact_one_over_two_decades(ball, estimate):
+    curve = estimate.curve
+    assert curve.cutoffs[0] == pytest.approx(ball.cutoff / 100)
+    assert curve.log_mass[-1] == pytest.approx(float(estimate.log_mass), abs=1e-9)
+    exact = [reference.quadratic(np.ones(6), cutoff=float(c)).log_mass for c in curve.cutoffs]
+    errors = np.abs(curve.log_mass - exact)
+    assert np.all(errors <= 4.0 * curve.std_error)
+    assert np.all(curve.std_error <= 1.0)
+
+
+def test_the_learning_coefficient_is_the_weighted_slope_of_the_curve(estimate):
+    λ = estimate.learning_coefficient
+    assert abs(λ.value - 3.0) <= 4.0 * λ.std_error + 0.2
+    weight = np.exp(-λ.beta * estimate.curve.cutoffs + estimate.curve.log_mass) * estimate.curve.cutoffs
+    middle = 0.5 * (weight[1:] + weight[:-1])
+    assert np.sum(middle * estimate.curve.slope) / np.sum(middle) == pytest.approx(float(λ.value), abs=0.5)
+
+
+def test_beta_and_the_escort_do_not_change_the_answer(ball, estimate):
+    for options in ({"beta_factor": 0.7}, {"beta_factor": 1.4}, {"escort": 0.0}, {"num_chains": 32}):
+        other = measure(ball, 1, effort=0.05, **options)
+        error = np.hypot(float(other.std_error), float(estimate.std_error))
+        assert abs(other.log_mass - estimate.log_mass) <= 4.0 * error, options
+
+
+def test_integration_agrees_where_no_wall_is_felt(estimate):
+    trace = estimate.trace
+    for value in (trace.integrated, trace.integrated_virial):
+        assert abs(value - estimate.log_mass) <= 6.0 * estimate.std_error + 0.3
+
+
+def test_batches_of_chains_change_nothing(ball):
+    whole, parts = (measure(ball, effort=0.01, batch_size=size) for size in (None, 16))
+    assert parts.log_mass == pytest.approx(float(whole.log_mass), abs=1e-3)
+
+
+def test_the_stream_goes_from_bounds_to_the_estimate(ball, estimate):
+    seen = list(
+        vj.tether_stream(jax.random.key(0), ball.cost, ball.params, ball.prior, cutoff=ball.cutoff, effort=0.05)
+    )
+    assert seen[0].kind == Kind.LOWER_BOUND and seen[0].lower <= ball.log_mass
+    assert seen[-1].log_mass == estimate.log_mass
+    progress = [float(e.trace.progress) for e in seen]
+    assert progress == sorted(progress) and progress[-1] == 1.0
+
+
+def test_an_interrupt_keeps_what_was_done(ball):
+    def stop(stage, share):
+        del share
+        if stage == "heating":
+            raise KeyboardInterrupt
+
+    partial = measure(ball, effort=0.05, on_progress=stop)
+    assert partial.kind == Kind.LOWER_BOUND and np.isinf(partial.std_error)
+    assert partial.lower <= ball.log_mass and "stopped at" in partial.status
+
+
+def test_a_flat_cost_under_a_proper_prior_fills_it():
+    flat = vj.tether_volume(
+        jax.random.key(0), lambda w: 0.0 * jnp.sum(w), jnp.ones(5), vj.Gaussian(1.0), cutoff=1e-2, effort=0.02
+    )
+    check(flat, 0.0, cap=0.1)
+
+
+def test_a_disconnected_region_gives_the_well_of_the_anchor():
+    def wells(w):
+        return jnp.sum(jnp.minimum(jnp.square(w[0] - 3.0), jnp.square(w[0] + 3.0))) + jnp.sum(jnp.square(w[1:]))
+
+    anchor = jnp.array([3.0, 0.0])
+    one = vj.tether_volume(jax.random.key(0), wells, anchor, vj.Gaussian(2.0), cutoff=0.25, effort=0.1)
+    draws = 2.0 * np.random.default_rng(0).normal(size=(4_000_000, 2))
+    share = np.mean((draws[:, 0] - 3.0) ** 2 + draws[:, 1] ** 2 <= 0.25)
+    check(one, np.log(share))
+
+
+def test_nan_costs_count_as_outside_and_are_reported():
+    def half(w):
+        return jnp.where(w[0] < 0.0, jnp.nan, 0.5 * jnp.sum(jnp.square(w)))
+
+    anchor = jnp.array([1e-6, 0.0, 0.0])
+    estimate = vj.tether_volume(jax.random.key(0), half, anchor, vj.Gaussian(1.0), cutoff=0.05, effort=0.1)
+    whole = reference.quadratic(np.ones(3), cutoff=0.05).log_mass
+    assert estimate.trace.non_finite > 0.0 and "NaN" in estimate.status
+    assert abs(estimate.log_mass - (whole - np.log(2.0))) <= 4.0 * estimate.std_error
+    assert estimate.lower <= whole - np.log(2.0)
+
+
+def test_a_chain_that_cannot_move_is_not_called_an_estimate():
+    # Two arms with an entropy barrier, at an effort that cannot cross it.
+    problem = reference.tanh_neuron(20, 20, cutoff=1e-6)
+    stuck = measure(problem, effort=0.01)
+    assert stuck.kind == Kind.NOT_MIXED and "not mixed" in stuck.status
+    assert stuck.lower <= problem.log_mass
+
+
+def test_misuse_is_one_line_before_any_work():
+    key, cost, anchor, prior = jax.random.key(0), lambda w: 0.5 * jnp.sum(w**2), jnp.zeros(3), vj.Gaussian(1.0)
+    noise = np.random.default_rng(0)
+    cases = {
+        "cutoff must be a positive": ((cost, anchor, prior), {"cutoff": 0.0}),
+        "not within the cutoff": ((cost, jnp.ones(3), prior), {"cutoff": 0.1}),
+        "effort must be": ((cost, anchor, prior), {"cutoff": 0.1, "effort": 0.0}),
+        "escort must lie": ((cost, anchor, prior), {"cutoff": 0.1, "escort": 2.0}),
+        "num_chains must be": ((cost, anchor, prior), {"cutoff": 0.1, "num_chains": 1}),
+        "not deterministic": ((lambda w: cost(w) * (1.0 + 1e-3 * noise.normal()), anchor, prior), {"cutoff": 0.1}),
+        "scalar": ((lambda w: w, anchor, prior), {"cutoff": 0.1}),
+    }
+    for message, (question, options) in cases.items():
+        with pytest.raises(ValueError, match=message) as error:
+            vj.tether_volume(key, *question, **options)
+        assert "\n" not in str(error.value)
+
+
+def test_an_unbounded_region_under_an_improper_prior_is_refused():
+    with pytest.raises(ValueError, match="unbounded"):
+        vj.tether_volume(
+            jax.random.key(0), lambda w: jnp.square(w[0]), jnp.zeros(2), vj.Lebesgue(), cutoff=0.1, effort=0.02
+        )
+
+
+@pytest.mark.slow
+def test_the_virial_is_biased_upward_behind_a_hard_wall():
+    # A ball of a piecewise constant cost: only the wall confines, which the virial identity leaves out. By the
+    # divergence theorem it then misses the flux through the wall, d log mass / d log radius = D in a small ball.
+    def hard(w):
+        return jnp.where(jnp.sum(jnp.square(w)) < 0.01, 0.0, 1.0) + 0.0 * jnp.sum(w)
+
+    estimate = vj.tether_volume(
+        jax.random.key(0), hard, jnp.zeros(4), vj.Gaussian(1.0), cutoff=0.5, effort=0.3, num_chains=32
+    )
+    truth = reference.quadratic(np.ones(4), cutoff=0.005).log_mass
+    check(estimate, truth)
+    assert estimate.trace.integrated_virial > truth + 1.0
+    assert abs(estimate.trace.integrated - truth) < 0.5
+
+
+@pytest.mark.slow
+def test_errors_are_calibrated_and_bounds_hold():
+    problem = reference.quadratic(np.ones(4), cutoff=0.05)
+    estimates = [measure(problem, seed, effort=0.02, decades=0.5) for seed in range(25)]
+    errors = np.array([(e.log_mass - problem.log_mass) / e.std_error for e in estimates])
+    assert 0.7 <= np.sqrt(np.mean(errors**2)) <= 1.35
+    assert np.mean([e.lower > problem.log_mass for e in estimates]) <= 0.05

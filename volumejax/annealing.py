@@ -1,0 +1,214 @@
+"""Taking chains along a ladder of ensembles: at each rung they move, are measured, and are carried to the next one.
+
+One compiled program serves every pass: the ladder is a table of fixed length and the route through it is data.
+"""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key
+
+from volumejax import tree
+from volumejax.ensemble import SHORT, TRAJECTORIES, Ensemble, Position, Rung
+from volumejax.kernels import hmc
+from volumejax.parallel import spread
+from volumejax.results import to_host
+
+__all__ = ["MOST_VISITS", "Record", "begin", "pad", "travel"]
+
+MOST_VISITS = 32
+"""Rungs visited in one call of the compiled program, at most."""
+TABLE = 1024
+"""Rungs that a table holds at least, so that different ladders share one program."""
+
+
+class Record(NamedTuple):
+    """What was seen on the rungs visited, in nats; axes [visits, chains], `leaf_squares` [visits, chains, leaves]."""
+
+    cost: np.ndarray
+    reach: np.ndarray
+    square: np.ndarray
+    """|δ|²."""
+    pulled: np.ndarray
+    """b·δ."""
+    virial: np.ndarray
+    """δ·∇C."""
+    leaf_squares: np.ndarray
+    work_down: np.ndarray
+    """Work of the map to the next rung; +inf where the image is outside."""
+    work_up: np.ndarray
+    """Work of the inverse map to the rung before."""
+    acceptance: np.ndarray
+    inside: np.ndarray
+    """Share of trajectories that the region allowed."""
+    bounces: np.ndarray
+    non_finite: np.ndarray
+    permitted: np.ndarray
+    """Whether the chain stands inside the region; one that was drawn outside never does."""
+
+
+@eqx.filter_jit
+def begin(
+    ensemble: Ensemble,
+    key: Key[Array, ""],
+    precision: Float[Array, ""],
+    chains: Int[Array, "chains"],
+    mesh: Mesh | None,
+) -> Position:
+    """Draw a start for each chain from the Gaussian of `precision` around the anchor under the prior; exact.
+
+    Chain i uses `fold_in(key, i)`.
+    """
+
+    def one(index: Array) -> Position:
+        displacement = ensemble.frame.draw_reference(jax.random.fold_in(key, index), precision)
+        with jax.enable_x64(True):
+            cost = ensemble.value(displacement)
+            reach = ensemble.reach(displacement, cost)
+            return Position(displacement, cost, reach, jnp.full((), jnp.nan, jnp.float64))
+
+    return jax.vmap(one)(spread(chains, mesh))
+
+
+@eqx.filter_jit
+def _travel(
+    ensemble: Ensemble,
+    key: Key[Array, ""],
+    positions: Position,
+    table: Rung,
+    route: Int[Array, "visits"],
+    first: Int[Array, ""],
+    count: Int[Array, ""],
+    batch_size: int | None,
+) -> tuple[Position, dict[str, Array]]:
+    with jax.enable_x64(True):
+        num_chains = positions.cost.shape[0]
+        indices = jnp.arange(num_chains, dtype=jnp.int32)
+
+        def visit(k: Array, carry: tuple[Position, dict[str, Array]]) -> tuple[Position, dict[str, Array]]:
+            positions, log = carry
+            here = route[k]
+            rung = jax.tree.map(lambda x: x[here], table)
+            ahead = jnp.clip(route[k + 1], here - 1, here + 1)
+            with jax.enable_x64(False):
+                visit_key = jax.random.fold_in(key, first + k)
+
+            def one(index: Array, position: Position) -> tuple[dict[str, Array], Position]:
+                return _visit_one(ensemble, visit_key, table, rung, here, ahead, index, position)
+
+            if batch_size is None or batch_size >= num_chains:
+                seen, moved = jax.vmap(one)(indices, positions)
+            else:
+                seen, moved = jax.lax.map(lambda args: one(*args), (indices, positions), batch_size=batch_size)
+            return moved, jax.tree.map(lambda log, x: log.at[k].set(x), log, seen)
+
+        shapes = jax.eval_shape(
+            lambda p: jax.vmap(
+                lambda i, p: _visit_one(
+                    ensemble, key, table, jax.tree.map(lambda x: x[0], table), route[0], route[0], i, p
+                )
+            )(indices, p)[0],
+            positions,
+        )
+        log = jax.tree.map(lambda s: jnp.zeros((MOST_VISITS, *s.shape), s.dtype), shapes)
+        return jax.lax.fori_loop(jnp.int32(0), count, visit, (positions, log))
+
+
+def _visit_one(
+    ensemble: Ensemble, key: Array, table: Rung, rung: Rung, here: Array, ahead: Array, index: Array, position: Position
+) -> tuple[dict[str, Array], Position]:
+    """One chain on one rung: moves, a look both ways, and the step on."""
+    _, step = hmc(ensemble, rung)
+
+    def move(m: Array, carry: tuple[Position, Array]) -> tuple[Position, Array]:
+        position, sums = carry
+        with jax.enable_x64(False):
+            move_key = jax.random.fold_in(jax.random.fold_in(key, index), m)
+            # All chains share the number of steps, so that none waits; it varies so that no period is met again. In
+            # short trajectories a chain that lags throws off the excess energy with which long ones end outside.
+            share = 0.5 + jax.random.uniform(jax.random.fold_in(key, m), (), jnp.float32)
+        share = share * jnp.where(m % TRAJECTORIES == 0, jnp.float32(1.0), jnp.float32(1.0 / SHORT))
+        steps = jnp.maximum(jnp.round(share * rung.num_steps), 1.0).astype(jnp.int32)
+        position, info = step(move_key, position, steps)
+        seen = (info.acceptance, info.inside, info.bounces, info.non_finite)
+        return position, sums + jnp.stack([x.astype(jnp.float64) for x in seen])
+
+    moves = TRAJECTORIES * jnp.asarray(rung.num_moves, jnp.int32)
+    position, sums = jax.lax.fori_loop(jnp.int32(0), moves, move, (position, jnp.zeros(4, jnp.float64)))
+    sums = sums / jnp.maximum(moves, 1)
+
+    before = jnp.maximum(here - 1, 0)
+    stretches = jnp.stack([rung.stretch, -table.stretch[before]])
+    targets = jnp.stack([here + 1, before])
+
+    def look(args: tuple[Array, Array]) -> tuple[Position, Array]:
+        stretch, target = args
+        there = (table.precision[target], table.beta[target])
+        return ensemble.carry(position, stretch, (jnp.asarray(rung.precision), jnp.asarray(rung.beta)), there)
+
+    images, works = jax.lax.map(look, (stretches, targets))
+    d = position.displacement
+    seen = {
+        "cost": position.cost,
+        "reach": position.reach,
+        "square": tree.dot(d, d),
+        "pulled": ensemble.frame.pulled(d),
+        "virial": position.virial,
+        "leaf_squares": jnp.stack([tree.dot(x, x) for x in jax.tree.leaves(d)]),
+        "work_down": works[0],
+        "work_up": works[1],
+        "acceptance": sums[0],
+        "inside": sums[1],
+        "bounces": sums[2],
+        "non_finite": sums[3],
+        "permitted": ensemble.permits(position.reach, d),
+    }
+    # Where the image is outside the chain stays as it is: its weight is zero, and it is still a point of the region.
+    side = jnp.where(ahead > here, 0, 1)
+    goes = (ahead != here) & jnp.isfinite(works[side])
+    onward = jax.tree.map(lambda stay, both: jnp.where(goes, both[side], stay), position, images)
+    return seen, onward
+
+
+def pad(rungs: Rung) -> Rung:
+    """Return the table on the device, filled up with copies of the last rung to a length shared by many ladders."""
+    length = TABLE
+    while length <= len(rungs.precision):
+        length *= 2
+    with jax.enable_x64(True):
+        return jax.tree.map(
+            lambda x: jnp.asarray(np.concatenate([x, np.repeat(x[-1:], length - len(x), axis=0)])), rungs
+        )
+
+
+def travel(
+    ensemble: Ensemble,
+    key: Key[Array, ""],
+    positions: Position,
+    table: Rung,
+    route: list[int],
+    first: int,
+    batch_size: int | None,
+) -> tuple[Position, Record]:
+    """Visit the rungs `route[:-1]`, at most `MOST_VISITS`, and step on to `route[-1]`.
+
+    Args:
+        ensemble: the target.
+        key: visit k of chain i uses `fold_in(fold_in(key, first + k), i)`, so that results do not depend on the cut.
+        positions: of all chains, leading axis.
+        table: from `pad`.
+        route: rungs, each a neighbour of the one before or the same.
+        first: number of visits before.
+        batch_size: chains at once.
+    """
+    count = len(route) - 1
+    if not 0 < count <= MOST_VISITS:
+        raise ValueError(f"a route takes between 1 and {MOST_VISITS} visits, got {count}")
+    padded = jnp.asarray(np.pad(np.asarray(route, np.int32), (0, MOST_VISITS - count), mode="edge"))
+    positions, log = _travel(ensemble, key, positions, table, padded, jnp.int32(first), jnp.int32(count), batch_size)
+    host = to_host(log)
+    return positions, Record(**{name: host[name][:count] for name in Record._fields})

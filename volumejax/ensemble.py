@@ -1,0 +1,162 @@
+r"""The tethered, tempered ensemble around the anchor, in whitened coordinates.
+
+.. math:: p(\delta) \propto \exp(-U),\quad U = \beta C(\theta_0 + s\delta) + \tfrac12 a|\delta|^2 + b\cdot\delta
+          \quad\text{inside the region and the prior's support}
+
+a is the prior's stiffness plus the tether κ. Nothing here knows what a network is.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PyTree
+
+from volumejax import tree
+from volumejax.frames import Frame
+from volumejax.regions import Connected, Star
+from volumejax.tree import wide
+
+__all__ = ["SHORT", "TRAJECTORIES", "Ensemble", "Position", "Rung"]
+
+TRAJECTORIES, SHORT = 3, 32
+"""Trajectories of one move, and how much shorter all but the first are."""
+
+
+class Position(eqx.Module):
+    """Where a chain stands."""
+
+    displacement: PyTree
+    """δ, float32."""
+    cost: Float[Array, ""]
+    """C, float64 nats."""
+    reach: Float[Array, ""]
+    """The largest cost on the checked segment from the anchor (star), or C itself; float64 nats."""
+    virial: Float[Array, ""]
+    """δ·∇C where a trajectory last measured it, float64; NaN before the first."""
+
+
+class Rung(eqx.Module):
+    """The parameters of one ensemble of the ladder, and how chains move there; all float64 or int32 scalars."""
+
+    precision: Float[Array | np.ndarray, "*levels"]
+    """a = stiffness + κ."""
+    beta: Float[Array | np.ndarray, "*levels"]
+    masses: Float[Array | np.ndarray, "*levels leaves"]
+    """Mass of each leaf's coordinates: about one over their variance."""
+    step_size: Float[Array | np.ndarray, "*levels"]
+    spread: Float[Array | np.ndarray, "*levels"]
+    """Steps are drawn log-uniformly down to exp(−spread) of that, for ensembles whose scale differs from place to
+    place."""
+    num_steps: Any
+    num_moves: Any
+    stretch: Float[Array | np.ndarray, "*levels"]
+    """log of the factor by which δ is scaled on the way to the next rung."""
+
+    @property
+    def gradients(self) -> Any:
+        """Gradients of one visit, NumPy: a long trajectory and the short ones for each move, one more at each start."""
+        steps = np.asarray(self.num_steps)
+        return np.asarray(self.num_moves) * (steps + (TRAJECTORIES - 1) * np.maximum(steps // SHORT, 1) + TRAJECTORIES)
+
+
+class Ensemble(eqx.Module):
+    """A cost, the frame of its prior, a region and a cutoff."""
+
+    cost: Callable[[PyTree], Float[Array, ""]]
+    frame: Frame
+    cutoff: Float[Array, ""]
+    region: Star | Connected = eqx.field(static=True)
+    callers_x64: bool = eqx.field(static=True)
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+        return tree.size(self.frame.anchor)
+
+    def value(self, displacement: PyTree) -> Float[Array, ""]:
+        """Return C(θ0 + s·δ) as float64."""
+        with jax.enable_x64(self.callers_x64):
+            cost = self.cost(self.frame.params(displacement))
+        with jax.enable_x64(True):
+            return wide(cost)
+
+    def value_and_slope(self, displacement: PyTree) -> tuple[Float[Array, ""], PyTree]:
+        """Return C as float64 and its gradient in δ as float32."""
+        with jax.enable_x64(self.callers_x64):
+            cost, slope = jax.value_and_grad(self.cost)(self.frame.params(displacement))
+            slope = jax.tree.map(lambda g, s: g.astype(jnp.float32) * s, slope, self.frame.scale)
+        with jax.enable_x64(True):
+            return wide(cost), slope
+
+    def permits(self, cost: Float[Array, ""], displacement: PyTree) -> Bool[Array, ""]:
+        """Return whether a point of this cost may belong to the region; NaN and infinity may not."""
+        with jax.enable_x64(True):
+            return jnp.isfinite(cost) & (cost <= self.cutoff) & self.frame.supports(displacement)
+
+    @property
+    def checks(self) -> int:
+        """Evaluations beside the trajectory itself that its end costs."""
+        return self.region.num_checks - 1 if isinstance(self.region, Star) else 0
+
+    def reach(self, displacement: PyTree, cost: Float[Array, ""]) -> Float[Array, ""]:
+        """Return the largest cost at the checked points between the anchor and δ, δ included; +inf for NaN."""
+        with jax.enable_x64(True):
+            top = cost
+            if isinstance(self.region, Star):
+                checks = self.region.num_checks
+                fractions = jnp.arange(1, checks, dtype=jnp.float32) / checks
+
+                def along(t: Array) -> Array:
+                    return self.value(jax.tree.map(lambda d: t * d, displacement))
+
+                top = jnp.maximum(jnp.max(jax.lax.map(along, fractions), initial=-jnp.inf), cost)
+            return jnp.where(jnp.isnan(top), jnp.inf, top)
+
+    def potential(self, position: Position, precision: Array, beta: Array) -> Float[Array, ""]:
+        """Return U, float64."""
+        with jax.enable_x64(True):
+            d = position.displacement
+            return beta * position.cost + 0.5 * precision * tree.dot(d, d) + self.frame.pulled(d)
+
+    def carry(
+        self, position: Position, log_stretch: Array, here: tuple[Array, Array], there: tuple[Array, Array]
+    ) -> tuple[Position, Float[Array, ""]]:
+        """Scale δ on the way from one ensemble to another.
+
+        Args:
+            position: where the chain stands.
+            log_stretch: log of the factor.
+            here: (a, β) left behind.
+            there: (a, β) ahead.
+
+        Returns:
+            The image and the work U'(image) − U(δ) − D log stretch in nats, +inf where the image is outside.
+        """
+        with jax.enable_x64(True):
+            factor = jnp.exp(log_stretch).astype(jnp.float32)
+            log_factor = jnp.log(wide(factor))
+            d = position.displacement
+            moved = jax.tree.map(lambda x: factor * x, d)
+            cost = self.value(moved)
+            # The image lies on the same ray: unless it is far out, all of its segment but the end has been looked at.
+            seen = jnp.maximum(position.reach, cost)
+            reach = seen
+            if self.checks:
+                is_far = factor > 1.0 + 1.0 / (self.checks + 1)
+                reach = jax.lax.cond(is_far, lambda: self.reach(moved, cost), lambda: seen)
+            image = Position(moved, cost, reach, position.virial)
+            square, pulled = tree.dot(d, d), self.frame.pulled(d)
+            stretch = wide(factor)
+            work = (
+                there[1] * cost
+                - here[1] * position.cost
+                + 0.5 * (there[0] * stretch**2 - here[0]) * square
+                + (stretch - 1.0) * pulled
+                - self.dimension * log_factor
+            )
+            inside = self.permits(image.reach, moved)
+            return image, jnp.where(inside, work, jnp.inf)

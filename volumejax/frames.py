@@ -1,0 +1,188 @@
+r"""Whitened coordinates around the anchor, in which a prior is a quadratic inside walls.
+
+With θ = θ0 + scale·δ every prior of this library reads
+
+.. math:: \log \pi(\theta)\,d\theta
+          = \mathrm{offset} - \tfrac12 \mathrm{stiffness}\,|\delta|^2 - b\cdot\delta + \log d\delta
+
+inside its support: stiffness 1 and b = (θ0−m)/σ for a Gaussian, both 0 for the flat ones.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import log_ndtr, ndtr, ndtri
+from jaxtyping import Array, Bool, Float, Key, PyTree
+
+from volumejax import tree
+from volumejax.priors import Gaussian, Lebesgue, UniformBall, UniformBox
+from volumejax.tree import wide
+
+__all__ = ["Ball", "Frame", "Walls", "frame_of"]
+
+
+class Walls(eqx.Module):
+    """A box in whitened coordinates; leaves like the parameters, float32."""
+
+    low: PyTree
+    high: PyTree
+
+
+class Ball(eqx.Module):
+    """A ball in whitened coordinates: |δ + centre| ≤ radius, float32."""
+
+    centre: PyTree
+    radius: Float[Array, ""]
+
+
+class Frame(eqx.Module):
+    """The anchor's whitened coordinates and the prior in them."""
+
+    anchor: PyTree
+    scale: PyTree
+    """Unit of δ in each leaf: a scalar or an array of the leaf's shape, float32."""
+    pull: PyTree | None
+    """b, float32; None for a flat prior."""
+    offset: Float[Array, ""]
+    """log π(θ0) + Σ log scale, float64."""
+    stiffness: float = eqx.field(static=True)
+    walls: Walls | None = None
+    ball: Ball | None = None
+
+    def params(self, displacement: PyTree) -> PyTree:
+        """Return θ0 + scale·δ in the dtype of the anchor."""
+        return jax.tree.map(lambda x, s, d: (x + s * d).astype(x.dtype), self.anchor, self.scale, displacement)
+
+    def pulled(self, vector: PyTree) -> Float[Array, ""]:
+        """Return b·vector, float64."""
+        with jax.enable_x64(True):
+            return jnp.zeros((), jnp.float64) if self.pull is None else tree.dot(self.pull, vector)
+
+    def supports(self, displacement: PyTree) -> Bool[Array, ""]:
+        """Return whether the point lies in the prior's support."""
+        with jax.enable_x64(True):
+            inside = jnp.ones((), bool)
+            if self.walls is not None:
+                fits = jax.tree.map(
+                    lambda d, a, b: jnp.all((d >= a) & (d <= b)), displacement, self.walls.low, self.walls.high
+                )
+                inside = jax.tree.reduce(jnp.logical_and, fits)
+            if self.ball is not None:
+                from_centre = jax.tree.map(jnp.add, displacement, self.ball.centre)
+                inside = inside & (tree.dot(from_centre, from_centre) <= wide(self.ball.radius) ** 2)
+            return inside
+
+    def log_reference(self, precision: Float[Array, ""]) -> Float[Array, ""]:
+        """Return log ∫ exp(−½ a|δ|² − b·δ) dδ, over the box where there is one; float64."""
+        with jax.enable_x64(True):
+            a = wide(precision)
+            dimension = tree.size(self.anchor)
+            total = 0.5 * dimension * jnp.log(2.0 * jnp.pi / a)
+            if self.pull is not None:
+                total = total + 0.5 * tree.dot(self.pull, self.pull) / a
+            if self.walls is not None:
+                root = jnp.sqrt(a)
+                shares = jax.tree.map(
+                    lambda low, high: jnp.sum(_log_interval(root * wide(low), root * wide(high))),
+                    self.walls.low,
+                    self.walls.high,
+                )
+                total = total + jax.tree.reduce(jnp.add, shares)
+            return total
+
+    def draw_reference(self, key: Key[Array, ""], precision: Float[Array, ""]) -> PyTree:
+        """Draw δ from the density ∝ exp(−½ a|δ|² − b·δ), inside the box where there is one; exact, float32."""
+        a = jnp.asarray(precision, jnp.float32)
+        if self.walls is not None:
+            leaves, treedef = jax.tree.flatten(self.anchor)
+            draws = [jax.random.uniform(jax.random.fold_in(key, i), x.shape, jnp.float32) for i, x in enumerate(leaves)]
+            return jax.tree.map(
+                lambda u, low, high: _truncated_normal(u, jnp.sqrt(a), low, high),
+                jax.tree.unflatten(treedef, draws),
+                self.walls.low,
+                self.walls.high,
+            )
+        z = jax.tree.map(lambda z: z / jnp.sqrt(a), tree.normal_like(key, self.anchor))
+        return z if self.pull is None else jax.tree.map(lambda z, b: z - b / a, z, self.pull)
+
+
+def frame_of(prior: Any, params: PyTree) -> Frame:
+    """Return the frame of `prior` at the anchor `params`.
+
+    The unit of δ is the prior's σ; for flat priors the anchor's RMS, or a share of the prior's own width where the
+    anchor is zero.
+
+    Raises:
+        ValueError: no frame is known for this kind of prior.
+
+    Example:
+        >>> import jax.numpy as jnp, volumejax as vj
+        >>> frame = frame_of(vj.Gaussian(2.0), jnp.full(3, 4.0))
+        >>> print(frame.pull, frame.stiffness)
+        [2. 2. 2.] 1.0
+    """
+    with jax.enable_x64(True):
+        log_density = prior.log_density(params)
+        if isinstance(prior, Gaussian):
+            scale = _narrow(tree.broadcast_to(prior.sigma, params, "Gaussian sigma"))
+            pull = _narrow(prior.whiten(prior.displacement(params), params))
+            return Frame(params, scale, pull, log_density + _log_units(scale, params), 1.0)
+        unit = _rms(params)
+        if isinstance(prior, UniformBox):
+            low, high = prior.bounds(params)
+            widths = jax.tree.map(lambda a, b, x: jnp.sum((wide(b) - wide(a)) + 0.0 * wide(x)), low, high, params)
+            mean_width = jax.tree.reduce(jnp.add, widths) / tree.size(params)
+            scale = _same(jnp.where(unit > 0.0, unit, mean_width / np.sqrt(12.0)), params)
+            walls = Walls(*(_whitened(bound, params, scale) for bound in (low, high)))
+            return Frame(params, scale, None, log_density + _log_units(scale, params), 0.0, walls=walls)
+        if isinstance(prior, UniformBall):
+            radius = wide(prior.radius)
+            scale = _same(jnp.where(unit > 0.0, unit, radius / np.sqrt(tree.size(params))), params)
+            centre = jax.tree.map(lambda o, s: (o / wide(s)).astype(jnp.float32), prior.offset(params), scale)
+            ball = Ball(centre, (radius / wide(jax.tree.leaves(scale)[0])).astype(jnp.float32))
+            return Frame(params, scale, None, log_density + _log_units(scale, params), 0.0, ball=ball)
+        if isinstance(prior, Lebesgue):
+            scale = _same(jnp.where(unit > 0.0, unit, 1.0), params)
+            return Frame(params, scale, None, log_density + _log_units(scale, params), 0.0)
+    raise ValueError(
+        f"no whitened coordinates are known for a prior of type {type(prior).__name__}; use vj.Gaussian, "
+        "vj.UniformBox, vj.UniformBall or vj.Lebesgue"
+    )
+
+
+def _rms(params: PyTree) -> Array:
+    return jnp.sqrt(tree.dot(params, params) / tree.size(params))
+
+
+def _same(unit: Array, params: PyTree) -> PyTree:
+    return jax.tree.map(lambda _: unit.astype(jnp.float32), params)
+
+
+def _narrow(values: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.float32), values)
+
+
+def _whitened(bound: PyTree, params: PyTree, scale: PyTree) -> PyTree:
+    return jax.tree.map(lambda v, x, s: ((wide(v) - wide(x)) / wide(s)).astype(jnp.float32), bound, params, scale)
+
+
+def _log_units(scale: PyTree, params: PyTree) -> Array:
+    """Return Σ log scale over all coordinates, from the scale as rounded to float32."""
+    logs = jax.tree.map(lambda s, x: jnp.sum(jnp.broadcast_to(jnp.log(wide(s)), x.shape)), scale, params)
+    return jax.tree.reduce(jnp.add, logs, jnp.zeros((), jnp.float64))
+
+
+def _log_interval(low: Array, high: Array) -> Array:
+    """Return log(Φ(high) − Φ(low)), taken in the tail where it does not cancel."""
+    flip = low > 0.0
+    low, high = jnp.where(flip, -high, low), jnp.where(flip, -low, high)
+    return log_ndtr(high) + jnp.log1p(-jnp.exp(log_ndtr(low) - log_ndtr(high)))
+
+
+def _truncated_normal(uniform: Array, root: Array, low: Array, high: Array) -> Array:
+    below, above = ndtr(root * low), ndtr(root * high)
+    # A uniform of exactly 0, one in 2²³, would lie infinitely many deviations away.
+    return jnp.clip(ndtri(below + (uniform + 2.0**-24) * (above - below)) / root, low, high)

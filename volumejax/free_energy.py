@@ -1,0 +1,91 @@
+"""Free-energy differences from works, and what samples of several temperatures say together. NumPy, float64."""
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit, logsumexp
+
+__all__ = ["acceptance_ratio", "log_total_mass", "overlap"]
+
+Vector = NDArray[np.float64]
+_ROUNDS = 48
+"""Halvings of the bracket: from 10⁵ nats to below 10⁻⁹."""
+
+
+def acceptance_ratio(forward: Vector, backward: Vector, guess: Vector | None = None) -> Vector:
+    r"""Return Bennett's estimate of ΔF = −log Z'/Z between neighbouring ensembles, for many pairs at once.
+
+    It solves Σ f(W_F − ΔF + log n_F/n_B) = Σ f(W_B + ΔF − log n_F/n_B), with f the logistic function of the negative;
+    the left side grows with ΔF and the right side falls, so bisection cannot fail. Works of +inf count as misses.
+
+    Args:
+        forward: works of the map from the first ensemble, shape (..., n_F); NaN marks what is absent.
+        backward: works of the inverse map from the second, shape (..., n_B).
+        guess: ΔF to within two nats, shape (...), from nearly the same works; where it is not, it is ignored.
+
+    Returns:
+        ΔF in nats, shape (...); +inf or −inf where one side has no finite work at all, NaN where neither has.
+
+    Reference: Bennett, J. Comput. Phys. 22, 245 (1976); with maps Jarzynski, Phys. Rev. E 65, 046122 (2002).
+    """
+    present_f, present_b = ~np.isnan(forward), ~np.isnan(backward)
+    count_f, count_b = present_f.sum(-1), present_b.sum(-1)
+    shift = np.log(np.maximum(count_f, 1)) - np.log(np.maximum(count_b, 1))
+    finite_f, finite_b = np.isfinite(forward), np.isfinite(backward)
+    w_f, w_b = np.where(finite_f, forward, 0.0), np.where(finite_b, backward, 0.0)
+    spread = 1.0 + np.max(np.abs(w_f), -1) + np.max(np.abs(w_b), -1) + np.abs(shift)
+    low, high = -2.0 * spread - 50.0, 2.0 * spread + 50.0
+
+    def is_low(difference: Vector | np.float64) -> NDArray[np.bool_]:
+        offset = (difference - shift)[..., None]
+        left = np.sum(np.where(finite_f, expit(offset - w_f), 0.0), -1)
+        right = np.sum(np.where(finite_b, expit(-offset - w_b), 0.0), -1)
+        return np.asarray(left < right)
+
+    rounds = _ROUNDS
+    if guess is not None and np.all(np.isfinite(guess)) and np.all(is_low(guess - 2.0) & ~is_low(guess + 2.0)):
+        low, high, rounds = guess - 2.0, guess + 2.0, _ROUNDS // 2
+    for _ in range(rounds):
+        middle = np.asarray(0.5 * (low + high))
+        below = is_low(middle)
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    out = 0.5 * (low + high)
+    has_f, has_b = finite_f.any(-1), finite_b.any(-1)
+    return np.where(has_f & has_b, out, np.where(has_f, -np.inf, np.where(has_b, np.inf, np.nan)))
+
+
+def overlap(forward: Vector, backward: Vector, difference: Vector) -> Vector:
+    """Return how alike two neighbouring ensembles are, between 0 and 1: the mean Metropolis probability of the map."""
+    d = difference[..., None]
+
+    def mean(works: Vector) -> Vector:
+        present = ~np.isnan(works)
+        kept = np.exp(np.minimum(0.0, -np.where(present, works, np.inf)))
+        return np.sum(kept, -1) / np.maximum(np.sum(present, -1), 1)
+
+    return 0.5 * (mean(forward - d) + mean(backward + d))
+
+
+def log_total_mass(
+    costs: Vector, reaches: Vector, betas: Vector, counts: Vector, log_z: Vector, cutoffs: Vector
+) -> Vector:
+    r"""Return log Σ 1{reach ≤ ε}/Σ_k N_k exp(−β_k C − log Z_k): the measure at β = 0 of each region, from all samples.
+
+    Args:
+        costs: of all samples, shape (samples,).
+        reaches: what has to stay below the cutoff, same shape.
+        betas: temperatures, shape (rungs,).
+        counts: samples at each, shape (rungs,).
+        log_z: log normalisers, shape (rungs,).
+        cutoffs: ε, shape (cutoffs,).
+
+    Returns:
+        Log measures, shape (cutoffs,); −inf where no sample lies within.
+
+    Reference: Shirts & Chodera, J. Chem. Phys. 129, 124105 (2008), with the normalisers given.
+    """
+    used = (counts > 0) & np.isfinite(log_z)
+    log_density = np.asarray(logsumexp(np.log(counts[used]) - betas[used] * costs[:, None] - log_z[used], axis=1))
+    order = np.argsort(reaches)
+    log_cumulative = np.logaddexp.accumulate(-log_density[order])
+    places = np.searchsorted(reaches[order], cutoffs, side="right")
+    return np.where(places > 0, log_cumulative[np.maximum(places, 1) - 1], -np.inf)

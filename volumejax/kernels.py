@@ -1,0 +1,201 @@
+r"""Hamiltonian Monte Carlo on the tethered ensemble, with the prior and the tether integrated exactly.
+
+The Hamiltonian splits into the quadratic part, whose flow is a rotation in each coordinate, and the cost, which kicks:
+the energy error then grows with the number of directions that the cost confines and not with D. Behind the wall of
+the region a trajectory that steps outside is reflected about the cost's gradient there; two steps outside in a row, or
+an end outside, reject it. Reversible and volume-preserving, hence exact.
+
+References: Neal 2011 (Handbook of Markov Chain Monte Carlo, ch. 5) for the method; Shahbaba, Lan, Johnson & Neal,
+Statistics and Computing 2014, for the splitting; Neal, Annals of Statistics 2003, §7.2, for outside reflection.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from volumejax import tree
+from volumejax.ensemble import Ensemble, Position, Rung
+from volumejax.frames import Walls
+from volumejax.tree import wide
+
+__all__ = ["MoveInfo", "hmc"]
+
+JITTER = 0.1
+"""A trajectory's step is drawn within this share of the nominal one, so that no period is met exactly."""
+
+
+class MoveInfo(eqx.Module):
+    """What one trajectory did."""
+
+    acceptance: Float[Array, ""]
+    """Metropolis probability; 0 where the trajectory ended outside."""
+    inside: Bool[Array, ""]
+    """Whether the trajectory was allowed by the region."""
+    bounces: Int[Array, ""]
+    non_finite: Int[Array, ""]
+    """Steps at which the cost or its gradient was NaN or infinite."""
+
+
+class _Flight(eqx.Module):
+    displacement: PyTree
+    velocity: PyTree
+    cost: Float[Array, ""]
+    virial: Float[Array, ""]
+    first_virial: Float[Array, ""]
+    legal: Bool[Array, ""]
+    was_out: Bool[Array, ""]
+    bounces: Int[Array, ""]
+    non_finite: Int[Array, ""]
+
+
+def hmc(
+    ensemble: Ensemble, rung: Rung
+) -> tuple[Callable[[PyTree], Position], Callable[..., tuple[Position, MoveInfo]]]:
+    """Return `init(displacement) -> position` and `step(key, position[, num_steps]) -> (position, info)`.
+
+    Args:
+        ensemble: the target but for its parameters.
+        rung: those parameters with masses, step size (float64) and number of steps; may be traced.
+    """
+
+    def init(displacement: PyTree) -> Position:
+        with jax.enable_x64(True):
+            cost = ensemble.value(displacement)
+            return Position(displacement, cost, ensemble.reach(displacement, cost), jnp.full((), jnp.nan, jnp.float64))
+
+    def step(key: Key[Array, ""], position: Position, num_steps: Any = rung.num_steps) -> tuple[Position, MoveInfo]:
+        with jax.enable_x64(True):
+            return _trajectory(ensemble, rung, key, position, num_steps)
+
+    return init, step
+
+
+def _trajectory(
+    ensemble: Ensemble, rung: Rung, key: Array, start: Position, num_steps: Any
+) -> tuple[Position, MoveInfo]:
+    treedef = jax.tree.structure(start.displacement)
+    masses = jax.tree.unflatten(treedef, list(rung.masses.astype(jnp.float32)))
+    a, beta = (jnp.asarray(x, jnp.float32) for x in (rung.precision, rung.beta))
+    # The generator does not lower under float64 when the call around it runs without.
+    with jax.enable_x64(False):
+        lot, jitter = jax.random.uniform(jax.random.fold_in(key, 0), (2,), jnp.float32)
+        noise = tree.normal_like(jax.random.fold_in(key, 1), start.displacement)
+        chance = jax.random.uniform(jax.random.fold_in(key, 2), (), jnp.float32)
+    h = rung.step_size.astype(jnp.float32) * (1.0 + JITTER * (2.0 * jitter - 1.0))
+    h = h * jnp.exp(-lot * rung.spread.astype(jnp.float32))
+    launch = jax.tree.map(lambda z, m: z / jnp.sqrt(m), noise, masses)
+    num_steps = jnp.asarray(num_steps, jnp.int32)
+    walls = ensemble.frame.walls
+
+    def advance(i: Array, flight: _Flight) -> _Flight:
+        # The first pass stands still: it measures the slope at the start, so that the cost's gradient is compiled once.
+        time = jnp.where(i == 0, jnp.float32(0.0), h)
+        if walls is None:
+            displacement, velocity = _rotate(ensemble, flight.displacement, flight.velocity, time, a, masses)
+            folded = jnp.ones((), bool)
+        else:
+            displacement, velocity, folded = _fold(walls, flight.displacement, flight.velocity, time)
+        cost, slope = ensemble.value_and_slope(displacement)
+        permitted = ensemble.permits(cost, displacement)
+        share = jnp.where((i == 0) | (i == num_steps), jnp.float32(0.5), jnp.float32(1.0)) * h
+        pulling = jax.tree.map(lambda g, d: beta * g if walls is None else beta * g + a * d, slope, displacement)
+        kicked = jax.tree.map(lambda v, g, m: v - share * g / m, velocity, pulling, masses)
+        bounced = _reflect(ensemble, displacement, velocity, slope, masses)
+        broken = ~jnp.isfinite(cost) | ~jnp.isfinite(_sum(jax.tree.map(jnp.sum, slope)))
+        virial = tree.dot(displacement, slope)
+        return _Flight(
+            displacement=displacement,
+            velocity=jax.tree.map(lambda x, y: jnp.where(permitted, x, y), kicked, bounced),
+            cost=cost,
+            virial=virial,
+            first_virial=jnp.where(i == 0, virial, flight.first_virial),
+            legal=flight.legal & folded & ~broken & (permitted | ((i < num_steps) & ~flight.was_out)),
+            was_out=~permitted,
+            bounces=flight.bounces + (~permitted).astype(jnp.int32),
+            non_finite=flight.non_finite + broken.astype(jnp.int32),
+        )
+
+    no, yes, none = jnp.zeros((), bool), jnp.ones((), bool), jnp.zeros((), jnp.int32)
+    begun = _Flight(start.displacement, launch, start.cost, start.virial, start.virial, yes, no, none, none)
+    end = jax.lax.fori_loop(jnp.int32(0), num_steps + jnp.int32(1), advance, begun)
+    reach = ensemble.reach(end.displacement, end.cost)
+    inside = end.legal & ensemble.permits(reach, end.displacement)
+    error = (
+        rung.beta * (end.cost - start.cost)
+        + _quadratic_gain(ensemble, jnp.asarray(rung.precision), start.displacement, end.displacement)
+        + _kinetic_gain(masses, launch, end.velocity)
+    )
+    acceptance = jnp.where(inside & jnp.isfinite(error), jnp.exp(-jnp.maximum(error, 0.0)), 0.0)
+    taken = wide(chance) < acceptance
+    stayed = Position(start.displacement, start.cost, start.reach, end.first_virial)
+    moved = Position(end.displacement, end.cost, reach, end.virial)
+    position = jax.tree.map(lambda x, y: jnp.where(taken, x, y), moved, stayed)
+    return position, MoveInfo(acceptance, inside, end.bounces, end.non_finite)
+
+
+def _rotate(ensemble: Ensemble, d: PyTree, v: PyTree, time: Array, a: Array, masses: PyTree) -> tuple[PyTree, PyTree]:
+    """Flow for a time in the quadratic part alone: each coordinate turns about −b/a at the angular speed √(a/m)."""
+    pull = ensemble.frame.pull
+
+    def sine(m: Array) -> tuple[Array, Array, Array]:
+        speed = jnp.sqrt(a / m)
+        angle = speed * time
+        return jnp.cos(angle), time * jnp.sinc(angle / jnp.float32(jnp.pi)), speed * jnp.sin(angle)
+
+    turns = jax.tree.map(sine, masses)
+    if pull is None:
+        offsets = d
+    else:
+        offsets = jax.tree.map(lambda x, b: x + b / a, d, pull)
+    # The displacement is moved by a difference, so that a short step is not rounded to that of a long offset.
+    new_d = jax.tree.map(lambda x, o, v, t: x + ((t[0] - 1.0) * o + t[1] * v), d, offsets, v, turns)
+    new_v = jax.tree.map(lambda o, v, t: t[0] * v - t[2] * o, offsets, v, turns)
+    return new_d, new_v
+
+
+def _fold(walls: Walls, d: PyTree, v: PyTree, time: Array) -> tuple[PyTree, PyTree, Bool[Array, ""]]:
+    """Flow straight on for a time, mirrored at the walls of the box; the quadratic part is left to the kicks."""
+    ahead = jax.tree.map(lambda x, v: x + time * v, d, v)
+    under = jax.tree.map(lambda x, low: x < low, ahead, walls.low)
+    over = jax.tree.map(lambda x, high: x > high, ahead, walls.high)
+    mirrored = jax.tree.map(
+        lambda x, low, high, u, o: jnp.where(u, 2.0 * low - x, jnp.where(o, 2.0 * high - x, x)),
+        ahead, walls.low, walls.high, under, over,
+    )  # fmt: skip
+    turned = jax.tree.map(lambda v, u, o: jnp.where(u | o, -v, v), v, under, over)
+    held = jax.tree.map(lambda x, low, high: jnp.all((x >= low) & (x <= high)), mirrored, walls.low, walls.high)
+    return mirrored, turned, jax.tree.reduce(jnp.logical_and, held)
+
+
+def _reflect(ensemble: Ensemble, d: PyTree, v: PyTree, slope: PyTree, masses: PyTree) -> PyTree:
+    """Mirror the velocity about the normal of the wall: the cost's gradient, or the ball's radius outside the ball."""
+    normal = slope
+    if ensemble.frame.ball is not None:
+        supported = ensemble.frame.supports(d)
+        normal = jax.tree.map(lambda g, x, c: jnp.where(supported, g, x + c), slope, d, ensemble.frame.ball.centre)
+    length = _sum(jax.tree.map(lambda n, m: jnp.sum(n * n / m), normal, masses))
+    along = _sum(jax.tree.map(lambda v, n: jnp.sum(v * n), v, normal))
+    factor = 2.0 * along / jnp.where(length > 0.0, length, 1.0)
+    return jax.tree.map(lambda v, n, m: v - factor * n / m, v, normal, masses)
+
+
+def _quadratic_gain(ensemble: Ensemble, a: Array, before: PyTree, after: PyTree) -> Array:
+    """Return the change of ½a|δ|² + b·δ, leaf by leaf from differences, float64."""
+    change = jax.tree.map(lambda x, y: wide(y) - wide(x), before, after)
+    middle = jax.tree.map(lambda x, y: 0.5 * (wide(x) + wide(y)), before, after)
+    return a * tree.dot(change, middle) + ensemble.frame.pulled(change)
+
+
+def _kinetic_gain(masses: PyTree, before: PyTree, after: PyTree) -> Array:
+    gains = jax.tree.map(
+        lambda m, x, y: wide(m) * 0.5 * jnp.sum((wide(y) - wide(x)) * (wide(y) + wide(x))), masses, before, after
+    )
+    return _sum(gains)
+
+
+def _sum(values: PyTree) -> Array:
+    return jax.tree.reduce(jnp.add, values)

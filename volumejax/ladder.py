@@ -1,0 +1,225 @@
+r"""From what a pilot saw to a ladder of ensembles: where the rungs stand, how long chains stay, how they move there.
+
+With x = log a the work of a step −dx is (−X + ½ p B) dx: X = ½ a|δ|² is the slope of U and B = δ·∇U − D the effect of
+stretching δ by the p-th part of what a free direction needs. Its variance V at the best p and the cost n of an
+independent draw set the density of rungs: dissipation ½∫V/ρ and cost ∫nρ are balanced by ρ ∝ √(V/n).
+"""
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+from volumejax.ensemble import Rung
+
+__all__ = ["Survey", "kappa_ladder", "temperature_ladder"]
+
+Vector = NDArray[np.float64]
+
+_MOST_RUNGS = 400
+_MEMORY = 3.0
+"""How much denser the rungs are where chains settle slowly."""
+_UNCERTAIN = 0.5
+"""e-folds over which steps are spread where the pilot's chains had not settled."""
+_RELEASE = 1.0
+"""Energy that a step up the ladder may put into a chain, in standard deviations of its own."""
+_SETTLING = 0.4
+"""Length of the trajectories at one precision: only the cost has to settle, by its stiff directions."""
+_LARGEST_STEP = 0.7
+"""In x: beyond that a ladder is guesswork."""
+_LARGEST_WORK = 2.0
+"""Standard deviation of the work between two rungs, in nats, that acceptance ratios can still bridge."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What the pilot measured, one row per stop, in the order of falling x.
+
+    Attributes:
+        x: log precision, shape (stops,).
+        slope: X = ½ a|δ|² of each chain, shape (stops, chains).
+        stretching: B = δ·∇U − D of each chain.
+        leaf_variance: mean square of each leaf's δ about the chains' mean pull, shape (stops, leaves).
+        step_size: step that gave the wanted acceptance.
+        spread: over how many e-folds steps have to be spread so that no chain is stuck.
+        confined: λ(x) = β(E C − C(θ0)), nats.
+        ceiling: variance of X where the cost is not felt.
+        beta: inverse temperature of the κ ladder.
+        natural_beta: where E C is the cutoff.
+        anchor_cost: C(θ0).
+        share_below: best share p of chains that had settled at the last stop: those on the way down lag behind.
+        step_below: step size that they needed.
+        least_spread: e-folds over which steps are spread at least.
+        ends_flat: whether the ladder ends at a = 0.
+    """
+
+    x: Vector
+    slope: Vector
+    stretching: Vector
+    leaf_variance: Vector
+    step_size: Vector
+    spread: Vector
+    confined: Vector
+    ceiling: Vector
+    beta: float
+    natural_beta: float
+    anchor_cost: float
+    share_below: float
+    step_below: float
+    least_spread: float
+    ends_flat: bool
+
+    @property
+    def bent(self) -> Vector:
+        """From 0 to 1: how far chains on their way down are from where they would settle, for the region bends."""
+        return np.clip((np.clip(self.confined / max(self.confined[-1], 1e-9), 0.0, 1.0) - 0.7) / 0.2, 0.0, 1.0)
+
+    @property
+    def safe_step(self) -> Vector:
+        """Largest step at each stop, for settled chains too."""
+        return self.step_size * min(self.step_below / self.step_size[-1], 1.0) ** self.bent
+
+    @property
+    def safe_spread(self) -> Vector:
+        """Over how many e-folds steps are spread; some always where the right step is uncertain."""
+        return np.maximum(self.spread, np.maximum(_UNCERTAIN * self.bent, self.least_spread))
+
+    @property
+    def typical_step(self) -> Vector:
+        """The median of the steps drawn."""
+        return self.safe_step * np.exp(-0.5 * self.safe_spread)
+
+
+def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: float, overhead: float = 0.0) -> Rung:
+    """Return the rungs from the reference, at β = 0, down to the prior's own stiffness, for about `budget` gradients.
+
+    Args:
+        survey: from the pilot.
+        budget: gradients per chain for one pass.
+        most_steps: leapfrog steps of a trajectory, at most.
+        escort: largest share p of a free direction's stretch that the maps may take, between 0 and 1.
+        overhead: what a visit costs besides its trajectories, in gradients.
+    """
+    share, variance = _smooth_work(survey, escort)
+    lengths = trajectory_length(survey.confined, survey.confined[-1])
+    steps = np.clip(np.ceil(lengths / survey.typical_step), 2, most_steps)
+    high, low = survey.x[0], survey.x[-1]
+    grid = np.linspace(high, low, 2000)
+
+    def on_grid(values: Vector) -> Vector:
+        return np.interp(-grid, -survey.x, values)
+
+    v, n = np.exp(on_grid(np.log(variance))), np.exp(on_grid(np.log(steps)))
+    floor = np.maximum(np.sqrt(v) / _LARGEST_WORK, 1.0 / _LARGEST_STEP)
+    # On the way up a step puts (1 − p) X dx nats into the chain, which must not carry it through the wall.
+    put_in = (1.0 - on_grid(share)) * on_grid(np.mean(survey.slope, axis=1))
+    floor = np.maximum(floor, put_in / (_RELEASE * np.sqrt(on_grid(survey.confined)) + 3.0))
+    # Where the region bends, memory lasts for several trajectories.
+    ideal = np.sqrt(v / n) * (1.0 + _MEMORY * on_grid(survey.bent))
+    width = (high - low) / (len(grid) - 1)
+
+    def spent(scale: float) -> float:
+        return float(np.sum(np.maximum(scale * ideal, floor) * (1.0625 * n + 5.0 + overhead)) * width)
+
+    if spent(0.0) > budget:
+        # Rungs before length: shorter trajectories on a ladder that can be climbed.
+        shorter = np.clip(budget / spent(0.0), 0.25, 1.0)
+        n, steps = np.maximum(shorter * n, 2.0), np.maximum(shorter * steps, 2.0)
+    lower, upper = 0.0, 1e12
+    for _ in range(100):
+        middle = np.sqrt(max(lower, 1e-12) * upper)
+        lower, upper = (middle, upper) if spent(middle) < budget else (lower, middle)
+    density = np.maximum(max(lower, 1e-12) * ideal, floor)
+    cumulative = np.concatenate([[0.0], np.cumsum(0.5 * (density[1:] + density[:-1]) * width)])
+    moves = max(1, round(cumulative[-1] / _MOST_RUNGS))
+    count = max(int(np.ceil(cumulative[-1] / moves)), 2)
+    x = np.interp(np.linspace(0.0, cumulative[-1], count + 1), cumulative, grid)
+    precision = np.exp(x)
+    share_x = np.interp(-x, -survey.x, share)
+    stretch = 0.5 * share_x * np.append(x[:-1] - x[1:], 0.0)
+    if survey.ends_flat:
+        precision, x = np.append(precision, 0.0), np.append(x, x[-1])
+        stretch = np.append(stretch, 0.0)
+    masses = np.stack([np.interp(-x, -survey.x, -np.log(column)) for column in survey.leaf_variance.T], axis=1)
+    step_size = np.exp(np.interp(-x, -survey.x, np.log(survey.safe_step)))
+    steps_x = np.exp(np.interp(-x, -survey.x, np.log(steps)))
+
+    def from_reference(values: Vector, first: float) -> Vector:
+        return np.concatenate([[first], values])
+
+    # Rung 0 is the reference itself: the Gaussian of the first precision without the cost, drawn exactly.
+    return Rung(
+        precision=from_reference(precision, precision[0]),
+        beta=from_reference(np.full(len(x), survey.beta), 0.0),
+        masses=np.concatenate([np.exp(masses[:1]), np.exp(masses)]),
+        step_size=from_reference(step_size, step_size[0]),
+        spread=from_reference(np.interp(-x, -survey.x, survey.safe_spread), 0.0),
+        num_steps=from_reference(np.asarray(np.round(steps_x), np.float64), 2.0).astype(np.int32),
+        num_moves=from_reference(np.full(len(x), float(moves)), 0.0).astype(np.int32),
+        stretch=from_reference(stretch, 0.0),
+    )
+
+
+def temperature_ladder(survey: Survey, *, decades: float, most_steps: int, budget: float) -> tuple[Rung, int]:
+    """Return the rungs at the prior's own stiffness from cold to natural β, and the one at the κ ladder's β.
+
+    Neighbours differ by one and a half standard deviations of the energy, 1.5/√λ in log β.
+
+    Args:
+        survey: from the pilot.
+        decades: how far the coldest β lies above the κ ladder's, in powers of ten.
+        most_steps: leapfrog steps of a trajectory, at most.
+        budget: gradients per chain for one pass.
+    """
+    energy = max(float(survey.confined[-1]), 0.25)
+    gap = min(1.5 / np.sqrt(energy), 0.7)
+    top, middle, bottom = (
+        np.log(survey.beta) + decades * np.log(10.0), np.log(survey.beta), np.log(survey.natural_beta)
+    )  # fmt: skip
+    above, below = (max(int(np.ceil((a - b) / gap)), 1) for a, b in ((top, middle), (middle, bottom)))
+    log_beta = np.concatenate([np.linspace(top, middle, above + 1), np.linspace(middle, bottom, below + 1)[1:]])
+    step_size = survey.typical_step[-1] * np.exp(0.5 * (middle - np.maximum(log_beta, middle)))
+    # Only the cost has to settle here, which takes a fraction of a period of the soft directions.
+    count = len(log_beta)
+    affordable = int(np.clip(budget / count, 8, most_steps))
+    steps = np.clip(np.ceil(_SETTLING / step_size), 2, affordable)
+    moves = int(np.clip(budget / np.sum(steps + 1.0), 1, 8))
+    precision = 0.0 if survey.ends_flat else float(np.exp(survey.x[-1]))
+    return Rung(
+        precision=np.full(count, precision),
+        beta=np.exp(log_beta),
+        masses=np.repeat(1.0 / survey.leaf_variance[-1:], count, axis=0),
+        step_size=step_size * np.exp(0.5 * survey.safe_spread[-1]),
+        spread=np.full(count, survey.safe_spread[-1]),
+        num_steps=steps.astype(np.int32),
+        num_moves=np.full(count, moves, np.int32),
+        stretch=np.zeros(count),
+    ), above
+
+
+def trajectory_length(confined: Vector, last: float) -> Vector:
+    """Return how long trajectories are, in units of the free directions' angular period over 2π.
+
+    A quarter period where the ensemble is nearly Gaussian, up to two and a half quarters where the region's bends make
+    it softer than the prior: on the digits network the slowest modes then lose most of their memory in one trajectory.
+    """
+    return np.asarray(0.5 * np.pi * (1.0 + 1.5 * np.clip(np.asarray(confined) / max(last, 1.0), 0.0, 1.0)))
+
+
+def _smooth_work(survey: Survey, escort: float) -> tuple[Vector, Vector]:
+    """Return the best share p at each stop and the variance of the work per unit of x there, over neighbours."""
+    stops = len(survey.x)
+    centred = [v - v.mean(axis=1, keepdims=True) for v in (survey.slope, survey.stretching)]
+    xx, xb, bb = (
+        np.mean(a * b, axis=1)
+        for a, b in ((centred[0], centred[0]), (centred[0], centred[1]), (centred[1], centred[1]))
+    )
+    share, variance = np.zeros(stops), np.zeros(stops)
+    for i in range(stops):
+        near = slice(max(i - 2, 0), i + 3)
+        sxx, sxb, sbb = np.mean(xx[near]), np.mean(xb[near]), np.mean(bb[near])
+        p = float(np.clip(2.0 * sxb / sbb, 0.0, escort)) if sbb > 0.0 else 0.0
+        p += survey.bent[i] * min(min(survey.share_below, escort) - p, 0.0)
+        share[i] = p
+        variance[i] = float(np.clip(sxx - p * sxb + 0.25 * p * p * sbb, 1e-6, survey.ceiling[i]))
+    return share, variance

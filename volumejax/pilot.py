@@ -1,0 +1,356 @@
+"""The pilot: a coarse run down to the prior and back, thrown away once it has set the ladder, β and the step sizes."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Key
+
+from volumejax import tree
+from volumejax.annealing import Record, begin, pad, travel
+from volumejax.ensemble import Ensemble, Position, Rung
+from volumejax.ladder import Survey, trajectory_length
+
+__all__ = ["Pilot", "fly"]
+
+_TARGET = 0.8
+"""Acceptance that the step sizes are tuned to."""
+_WORK = 3.0
+"""Standard deviation of the work between two stops, in nats."""
+_MOST_STEPS = 120
+_MARGIN = 3.5
+"""By how many standard deviations the mean energy of the κ ladder lies below the cutoff."""
+_SETTLING_VISITS = 12
+"""Rounds in which β is settled at the end of the way down."""
+_LEAST_MARGIN = 3.0
+"""And by how many nats at least: with few confined directions the energy has an exponential tail."""
+_CHEAP, _CHEAP_SPREAD = 1000, 2.5
+"""Below so many dimensions steps are spread over so many e-folds: where regions have arms, no one step fits."""
+_UNBOUNDED, _WINDOW = 1.25, 20
+"""A region without an end lets |δ|² grow by this factor in so many visits, time after time."""
+
+
+class Pilot(NamedTuple):
+    """What the pilot leaves behind."""
+
+    survey: Survey
+    ends: Position
+    """Where its chains stood at the end of the way down: starts for the heating pass, independent of the main run."""
+    gradients: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gait:
+    """How the chains step."""
+
+    step: float
+    spread: float = 0.0
+
+    def adapted(self, record: Record, stuck: float) -> "_Gait":
+        """Return the gait after a visit: towards the wanted acceptance, and wider where some chains never move."""
+        mean = float(np.mean(record.acceptance[-1]))
+        spread = self.spread + (0.5 if stuck > 0.1 and mean > 0.5 else -0.1)
+        step = self.step * np.exp((0.7 if mean > 0.3 else 1.5) * (mean - _TARGET))
+        return _Gait(float(np.clip(step, 1e-7, 1.2)), float(np.clip(spread, 0.0, 5.0)))
+
+    def slower(self, log_factor: float) -> "_Gait":
+        """Return the gait with steps longer by that log factor."""
+        return _Gait(float(np.clip(self.step * np.exp(log_factor), 1e-7, 1.2)), self.spread)
+
+
+@dataclasses.dataclass
+class _Stop:
+    x: float
+    beta: float
+    gait: _Gait
+    variance: np.ndarray
+    record: Record
+    confined: float = 0.0
+
+
+def fly(
+    ensemble: Ensemble,
+    key: Key[Array, ""],
+    *,
+    chains: int,
+    budget: float,
+    anchor_cost: float,
+    beta_factor: float,
+    batch_size: int | None,
+    mesh: Mesh | None,
+    on_progress: Callable[[float], None],
+) -> Pilot:
+    """Run the pilot.
+
+    Raises:
+        ValueError: an improper prior over an unbounded region.
+    """
+    flight = _Flight(ensemble, key, chains, anchor_cost, batch_size, mesh)
+    room = float(ensemble.cutoff) - anchor_cost
+    scouts = _descend(flight, room, beta_factor, 0.4 * budget, on_progress)
+    last = scouts[-1]
+    beta, natural, share_below, settled = flight.settle_beta(last, room, beta_factor)
+    if ensemble.frame.stiffness == 0.0:
+        flight.require_bounded(last, beta)
+    ends = flight.positions
+    on_progress(0.6)
+    top = flight.reference_precision(beta)
+    plan = _plan(scouts, top)
+    stops: list[_Stop] = []
+    gait, share = _Gait(0.5), 1.0
+    first = np.full(len(scouts[0].variance), np.exp(-top))
+    for i, x in enumerate(plan):
+        if stops:
+            flight.stretch(0.5 * share * (stops[-1].x - x))
+        confined = 0.0 if not stops else flight.confined(beta, stops[-1].record)
+        variance = first if not stops else stops[-1].variance * np.exp(min(0.5 * (stops[-1].x - x), 0.2))
+        gait = gait.slower(-0.25 * (stops[-1].x - x)) if stops else gait
+        gait, record = flight.settle_gait(x, beta, gait, variance, confined, most=2 if stops else 5)
+        stops.append(_Stop(x, beta, gait, _variances(ensemble, record), record))
+        share = _rate(ensemble, record, x, beta)[1]
+        on_progress(0.6 + 0.4 * (i + 1) / len(plan))
+    return Pilot(
+        _survey(ensemble, stops, beta, natural, anchor_cost, share_below, settled.step), ends, flight.gradients
+    )
+
+
+def _plan(scouts: list[_Stop], top: float) -> list[float]:
+    """Return where the second descent stops: far apart while the cost confines little, close together below."""
+    bottom, felt = scouts[-1].x, [stop.x for stop in scouts if stop.confined > 5.0]
+    bend = max(felt) if felt else bottom
+    wide = np.linspace(top, min(bend, top), max(int(np.ceil((top - bend) / 0.5)), 1) + 1)
+    close = np.linspace(min(bend, top), bottom, max(int(np.ceil((min(bend, top) - bottom) / 0.2)), 1) + 1)
+    return sorted({round(float(x), 9) for x in (*wide, *close)}, reverse=True)
+
+
+def _target(energy: float, room: float, factor: float) -> float:
+    """Return the β at which an energy λ = β(E C − C0) lies well below the wall."""
+    return factor * (energy + _MARGIN * np.sqrt(energy) + _LEAST_MARGIN) / room
+
+
+def _descend(
+    flight: "_Flight", room: float, factor: float, budget: float, on_progress: Callable[[float], None]
+) -> list[_Stop]:
+    """Go down to the prior's own stiffness in steps that the works allow, raising β as more and more is confined."""
+    ensemble = flight.ensemble
+    stiff = ensemble.frame.stiffness > 0.0
+    beta = _target(0.1, room, factor)
+    x = flight.reference_precision(beta)
+    gait, variance = _Gait(0.5), np.full(len(jax.tree.leaves(ensemble.frame.anchor)), np.exp(-x))
+    stops: list[_Stop] = []
+    while True:
+        confined = 0.0 if not stops else flight.confined(beta, stops[-1].record)
+        gait, record = flight.settle_gait(x, beta, gait, variance, confined, most=2 if stops else 5)
+        variance = _variances(ensemble, record)
+        stops.append(_Stop(x, beta, gait, variance, record, flight.confined(beta, record)))
+        on_progress(min(0.5, flight.gradients / budget))
+        if (stiff and x <= 0.0) or (not stiff and np.mean(0.5 * np.exp(x) * record.square[-1]) < 0.02):
+            return stops
+        # A fifth more than is confined here, since the next stop confines more.
+        beta = max(beta, _target(1.2 * stops[-1].confined, room, factor))
+        rate, share = _rate(ensemble, record, x, beta)
+        width = float(np.clip(_WORK / max(rate, 1e-9), 0.02, 0.5))
+        if stiff:
+            left = max(budget - flight.gradients, 1.0)
+            width = max(width, min(x * flight.last_cost / left, 0.5))
+        following = max(x - width, 0.0) if stiff else x - width
+        flight.stretch(0.5 * share * (x - following))
+        gait = gait.slower(-0.25 * (x - following))
+        variance = variance * np.exp(min(0.5 * (x - following), 0.2))
+        x = following
+
+
+class _Flight:
+    """The pilot's chains, and the bookkeeping of what they cost."""
+
+    def __init__(
+        self, ensemble: Ensemble, key: Array, chains: int, anchor_cost: float, batch_size: int | None,
+        mesh: Mesh | None,
+    ) -> None:  # fmt: skip
+        self.ensemble, self.key, self.batch_size, self.anchor_cost = ensemble, key, batch_size, anchor_cost
+        self.chains, self.mesh = jnp.arange(chains, dtype=jnp.int32), mesh
+        self.visits, self.gradients, self.last_cost = 0, 0, 1
+        self.positions: Position
+        self.pending = 0.0
+        self.memory = np.ones(len(self.chains))
+        """Each chain's acceptance of late: near zero where it has been stuck for several moves."""
+
+    @property
+    def stuck(self) -> float:
+        """Share of chains that have not moved for a while."""
+        return float(np.mean(self.memory < 0.08))
+
+    def reference_precision(self, beta: float) -> float:
+        """Return log a at which the cost is no more than a ripple on the reference, and take up positions there."""
+        x, floor = 0.0, 0.0 if self.ensemble.frame.stiffness > 0.0 else -30.0
+        for attempt in range(60):
+            with jax.enable_x64(True):
+                precision = jnp.float64(np.exp(x))
+            start = jax.random.fold_in(self.key, 1_000_000 + attempt)
+            self.positions = begin(self.ensemble, start, precision, self.chains, self.mesh)
+            reach = np.asarray(self.positions.reach) - self.anchor_cost
+            energy = beta * float(np.mean(np.where(np.isfinite(reach), np.abs(reach), np.inf)))
+            supported = np.mean(np.asarray(jax.vmap(self.ensemble.frame.supports)(self.positions.displacement)))
+            if not np.isfinite(energy) or (self.ensemble.frame.walls is None and supported < 0.4):
+                x += 3.0
+            elif energy > 0.2:
+                x += float(np.clip(np.log(energy / 0.1), 0.3, 3.0))
+            elif energy > 0.02 or x <= floor:
+                break
+            else:
+                x = max(x + float(np.clip(np.log(max(energy, 1e-9) / 0.1), -3.0, -0.3)), floor)
+        self.revive()
+        return max(x, floor)
+
+    def revive(self) -> None:
+        """Restart the chains that stand outside the region from those that stand inside, if there are any."""
+        outside = ~np.asarray(jax.vmap(self.ensemble.permits)(self.positions.reach, self.positions.displacement))
+        if outside.any() and not outside.all():
+            inside = np.flatnonzero(~outside)
+            source = np.where(outside, inside[np.arange(len(outside)) % len(inside)], np.arange(len(outside)))
+            self.positions = jax.tree.map(lambda p: p[source], self.positions)
+
+    def stretch(self, log_factor: float) -> None:
+        """Scale the displacements on the way to the next stop, where that stays inside."""
+        self.pending = log_factor
+
+    def visit(self, x: float, beta: float, gait: _Gait, variance: np.ndarray, confined: float) -> Record:
+        """Let the chains move once and measure them; those that fell outside restart from the others."""
+        length = float(trajectory_length(np.asarray(confined), max(confined, 60.0)))
+        steps = int(np.clip(np.ceil(length / gait.step * np.exp(0.5 * gait.spread)), 2, _MOST_STEPS))
+        # Two rungs: the chains step from the first onto the second by the pending stretch, and move there.
+        rung = Rung(
+            precision=np.full(3, np.exp(x)),
+            beta=np.full(3, beta),
+            masses=np.repeat(1.0 / variance[None], 3, axis=0),
+            step_size=np.full(3, gait.step),
+            spread=np.full(3, gait.spread),
+            num_steps=np.full(3, steps, np.int32),
+            num_moves=np.array([0, 1, 1], np.int32),
+            stretch=np.array([self.pending, 0.0, 0.0]),
+        )
+        self.pending = 0.0
+        self.positions, record = travel(
+            self.ensemble, self.key, self.positions, pad(rung), [0, 1, 1], self.visits, self.batch_size
+        )
+        self.visits += 2
+        self.last_cost = int(rung.gradients[1])
+        self.gradients += self.last_cost
+        self.memory = 0.6 * self.memory + 0.4 * record.acceptance[-1]
+        self.revive()
+        return Record(*(part[1:] for part in record))
+
+    def confined(self, beta: float, record: Record) -> float:
+        """Return λ = β(E C − C0)."""
+        return max(beta * (float(np.nanmean(record.cost[-1])) - self.anchor_cost), 0.0)
+
+    def settle_gait(
+        self, x: float, beta: float, gait: _Gait, variance: np.ndarray, confined: float, *, most: int
+    ) -> tuple[_Gait, Record]:
+        """Visit until the acceptance is about right, and return what was learnt with the last record."""
+        for _ in range(most):
+            record = self.visit(x, beta, gait, variance, confined)
+            acceptance = float(np.mean(record.acceptance[-1]))
+            gait = gait.adapted(record, self.stuck)
+            if 0.6 < acceptance < 0.97:
+                return gait, record
+        return gait, self.visit(x, beta, gait, variance, confined)
+
+    def require_bounded(self, stop: _Stop, beta: float) -> None:
+        """Let the chains go, and raise a ValueError if nothing holds them."""
+        variance, gait, squares = stop.variance, stop.gait, [float(np.mean(stop.record.square[-1]))]
+        for _ in range(3 * _WINDOW):
+            gait, record = self.settle_gait(-np.inf, beta, gait, variance, 1e9, most=1)
+            variance = _variances(self.ensemble, record)
+            squares.append(float(np.mean(record.square[-1])))
+            earlier, latest = np.mean(squares[: len(squares) // 2]), np.mean(squares[-len(squares) // 4 :])
+            if len(squares) >= _WINDOW and latest < _UNBOUNDED * earlier:
+                return
+        raise ValueError(
+            "the region looks unbounded and the prior is improper, so the mass is infinite; use a proper prior such as "
+            "vj.Gaussian, vj.UniformBox or vj.UniformBall"
+        )
+
+    def settle_beta(self, stop: _Stop, room: float, factor: float) -> tuple[float, float, float, _Gait]:
+        """Return β of the κ ladder, the natural β, the best share of stretch and the gait, from moves at the last stop.
+
+        λ = β(E C − C0) hardly depends on β. Changes of β are cut into small ones: trajectories after a sudden one would
+        swing through the wall.
+        """
+        beta, gait = stop.beta, stop.gait
+        energies: list[float] = []
+        for _ in range(_SETTLING_VISITS):
+            gait, record = self.settle_gait(stop.x, beta, gait, stop.variance, 1e9, most=1)
+            energies.append(max(self.confined(beta, record), 0.1))
+            wanted = _target(float(np.mean(energies[-3:])), room, factor)
+            beta *= float(np.exp(np.clip(np.log(wanted / beta), -0.15, 0.15)))
+        share = _rate(self.ensemble, record, stop.x, beta)[1]
+        return beta, float(np.mean(energies[-3:])) / room, share, gait
+
+
+def _variances(ensemble: Ensemble, record: Record) -> np.ndarray:
+    """Return each leaf's mean square of δ, never zero."""
+    sizes = np.array([max(x.size, 1) for x in jax.tree.leaves(ensemble.frame.anchor)])
+    squares = record.leaf_squares[-1].mean(axis=0) / sizes
+    return np.maximum(squares, 1e-12 * squares.max() + 1e-300)
+
+
+def _parts(ensemble: Ensemble, record: Record, x: float, beta: float) -> tuple[np.ndarray, np.ndarray]:
+    a = np.exp(x)
+    square = record.square[-1]
+    stretching = beta * record.virial[-1] + a * square + record.pulled[-1] - tree.size(ensemble.frame.anchor)
+    return 0.5 * a * square, stretching
+
+
+def _rate(ensemble: Ensemble, record: Record, x: float, beta: float) -> tuple[float, float]:
+    """Return the standard deviation of the work per unit of x at the best stretch, and that share."""
+    slope, stretching = _parts(ensemble, record, x, beta)
+    good = np.isfinite(stretching)
+    if good.sum() < 3:
+        return 1.0, 0.0
+    slope, stretching = slope[good], stretching[good]
+    covariance, variance = np.cov(slope, stretching)[0, 1], np.var(stretching, ddof=1)
+    share = float(np.clip(2.0 * covariance / variance, 0.0, 1.0)) if variance > 0.0 else 0.0
+    return float(np.std(slope - 0.5 * share * stretching, ddof=1)), share
+
+
+def _free_variance(ensemble: Ensemble, x: np.ndarray) -> np.ndarray:
+    """Return the variance of ½ a|δ|² where the cost is not felt; settled ensembles of smooth costs hardly exceed it."""
+    with jax.enable_x64(True):
+        pull = ensemble.frame.pull
+        square = 0.0 if pull is None else float(tree.dot(pull, pull))
+    return 0.5 * tree.size(ensemble.frame.anchor) + square * np.exp(-x)
+
+
+def _survey(
+    ensemble: Ensemble,
+    stops: list[_Stop],
+    beta: float,
+    natural: float,
+    anchor_cost: float,
+    share_below: float,
+    step_below: float,
+) -> Survey:
+    parts = [_parts(ensemble, stop.record, stop.x, beta) for stop in stops]
+    confined = np.array([max(beta * (float(np.mean(stop.record.cost)) - anchor_cost), 0.0) for stop in stops])
+    return Survey(
+        x=np.array([stop.x for stop in stops]),
+        slope=np.stack([part[0] for part in parts]),
+        stretching=np.nan_to_num(np.stack([part[1] for part in parts])),
+        leaf_variance=np.stack([stop.variance for stop in stops]),
+        step_size=np.array([stop.gait.step for stop in stops]),
+        spread=np.array([stop.gait.spread for stop in stops]),
+        confined=confined,
+        ceiling=_free_variance(ensemble, np.array([stop.x for stop in stops])),
+        beta=beta,
+        natural_beta=natural,
+        anchor_cost=anchor_cost,
+        share_below=share_below,
+        step_below=step_below,
+        least_spread=_CHEAP_SPREAD if tree.size(ensemble.frame.anchor) < _CHEAP else 0.0,
+        ends_flat=ensemble.frame.stiffness == 0.0,
+    )

@@ -1,0 +1,231 @@
+"""From a tally to a `VolumeEstimate`: estimate, error, bound, mixing test, curve."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Array, Float
+from numpy.typing import NDArray
+
+from volumejax.chains import ChainTrace, Curve, LearningCoefficient
+from volumejax.diagnostics import certified_lower, effective_sample_size, split_r_hat
+from volumejax.results import BoundKind, Kind, VolumeEstimate
+from volumejax.tally import COOLING, HEATING, Tally
+
+__all__ = ["Plan", "summarise"]
+
+Vector = NDArray[np.float64]
+
+_GROUPS = 16
+"""Groups of chains that the jackknife leaves out in turn."""
+_ROUNDING = 1e-9
+"""Error of sums in float64, per dimension and nat."""
+_SMALL, _SHARE = 0.5, 0.005
+"""A run is not mixed where the passes add more than this to the error: nats, or a share of |log mass|."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a summary needs besides the records."""
+
+    cutoff: float
+    cutoffs: Vector
+    dimension: int
+    prior_term: float
+    proper: bool
+    region: str
+
+
+def summarise(
+    tally: Tally, plan: Plan, costs: Float[Array, "chains"], gradients: int, progress: float, *, final: bool
+) -> VolumeEstimate:
+    """Reduce what is there: a bound while the chains cool, an estimate from one pass, in the end from both.
+
+    The standard error joins a jackknife over groups of chains, which covers autocorrelation, with the part of the
+    hysteresis that chance does not explain, as if the truth were uniform between the two passes.
+    """
+    weights = tally.bound_weights(np.asarray(costs), float(tally.kappa.beta[-1])) if _cooled_once(tally) else None
+    finished = bool(tally.final_costs)
+    trace = _trace(tally, plan, None, gradients, progress)
+    base = {
+        "upper": 0.0 if plan.proper else np.inf,
+        "prior_term": plan.prior_term,
+        "pareto_k": np.nan,
+        "noise": np.nan,
+    }
+    if weights is None or not finished:
+        x = np.full(tally.chains, -np.inf) if weights is None else weights
+        lower = float(certified_lower(x))
+        return _estimate(
+            tally, plan, base, trace, weights=x, log_mass=lower, std_error=np.inf, lower=lower,
+            kind=Kind.LOWER_BOUND, hysteresis=(np.nan, np.nan),
+        )  # fmt: skip
+    lower = float(certified_lower(weights))
+    everyone = np.arange(tally.chains)
+    heated = final and bool(np.isfinite(tally.kappa_seen["work_up"][HEATING, 1]).any())
+    passes = (COOLING, HEATING) if heated else (COOLING,)
+    if not final:
+        cooling = tally.sums(plan.cutoffs, plan.cutoff, chains=everyone, passes=(COOLING,)).log_mass
+        return _estimate(
+            tally, plan, base, trace, weights=weights, log_mass=cooling, std_error=np.inf, lower=lower,
+            kind=Kind.LOWER_BOUND, hysteresis=(cooling, np.nan),
+        )  # fmt: skip
+    whole = tally.sums(plan.cutoffs, plan.cutoff, chains=everyone, passes=passes)
+    groups = min(_GROUPS, tally.chains)
+    label = everyone % groups
+    none = plan.cutoffs[:0]
+    alone = [tally.sums(none, plan.cutoff, chains=everyone, passes=(which,)) for which in (COOLING, HEATING)]
+    without, differences = [], []
+    for group in range(groups):
+        kept = everyone[label != group]
+        without.append(tally.sums(plan.cutoffs, plan.cutoff, chains=kept, passes=passes, near=whole))
+        one, other = (
+            tally.sums(none, plan.cutoff, chains=kept, passes=(which,), near=alone[which]).log_mass
+            for which in (COOLING, HEATING)
+        )
+        differences.append(one - other)
+    cooling, heating = (alone[which].log_mass for which in (COOLING, HEATING))
+    statistical = float(_jackknife(np.array([sums.log_mass for sums in without])))
+    chance = float(_jackknife(np.array(differences)))
+    gap = cooling - heating
+    systematic = float(np.sqrt(max(gap**2 - (2.0 * chance) ** 2, 0.0) / 12.0)) if np.isfinite(gap) else np.inf
+    mixed = systematic <= max(_SMALL, _SHARE * abs(whole.log_mass)) and trace.least_acceptance > 0.02
+    curve_errors = _jackknife(np.stack([sums.curve for sums in without]))
+    energy_errors = _jackknife(np.stack([sums.energies for sums in without]))
+    trace = _trace(tally, plan, (whole, energy_errors), gradients, progress)
+    return _estimate(
+        tally,
+        plan,
+        base,
+        trace,
+        weights=weights,
+        log_mass=whole.log_mass,
+        std_error=float(np.hypot(statistical, systematic) + _ROUNDING * (plan.dimension + abs(whole.log_mass))),
+        lower=lower,
+        kind=Kind.ESTIMATE if mixed and np.isfinite(whole.log_mass) else Kind.NOT_MIXED,
+        hysteresis=(cooling, heating),
+        curve=Curve(plan.cutoffs, whole.curve, np.hypot(curve_errors, systematic)),
+        coefficient=LearningCoefficient(
+            np.asarray(whole.energies[tally.joint]),
+            np.asarray(energy_errors[tally.joint]),
+            np.asarray(tally.temperature.beta[tally.joint]),
+        ),
+    )
+
+
+def _estimate(
+    tally: Tally, plan: Plan, base: dict[str, float], trace: ChainTrace, *, weights: Vector, log_mass: float,
+    std_error: float, lower: float, kind: Kind, hysteresis: tuple[float, float], curve: Curve | None = None,
+    coefficient: LearningCoefficient | None = None,
+) -> VolumeEstimate:  # fmt: skip
+    finite = weights[np.isfinite(weights)]
+    certified = np.isfinite(lower)
+    scalars = {
+        **base,
+        "log_mass": log_mass,
+        "std_error": std_error,
+        "lower": lower,
+        "volume_term": log_mass - plan.prior_term,
+        "mean_log_weight": float(np.mean(weights)) if len(weights) else np.nan,
+        "std_log_weight": float(np.std(finite, ddof=1)) if len(finite) > 1 else np.nan,
+        "max_log_weight": float(np.max(weights)),
+        "ess": float(effective_sample_size(weights)),
+    }
+    return VolumeEstimate(
+        **{name: np.asarray(value, np.float64) for name, value in scalars.items()},
+        kind=np.asarray(kind, np.int32),
+        bound_kind=np.asarray(BoundKind.CERTIFIED if certified else BoundKind.NONE, np.int32),
+        hysteresis=np.asarray(hysteresis, np.float64),
+        scout_evaluations=np.asarray(0, np.int32),
+        num_rays=tally.chains,
+        region=plan.region,
+        curve=curve,
+        learning_coefficient=coefficient,
+        trace=trace,
+    )
+
+
+def _trace(tally: Tally, plan: Plan, sums: tuple | None, gradients: int, progress: float) -> ChainTrace:
+    seen = tally.kappa_seen
+    levels, temperatures = len(tally.kappa.precision), len(tally.temperature.beta)
+    count = np.sum(~np.isnan(seen["cost"]), axis=2)
+
+    def mean(name: str) -> Vector:
+        return np.where(count > 0, np.nansum(seen[name], axis=2) / np.maximum(count, 1), np.nan)
+
+    acceptance, inside = mean("acceptance"), mean("inside")
+    non_finite = seen["non_finite"]
+    empty = np.full(temperatures, np.nan)
+    integrals = (np.nan, np.nan)
+    overlap = work_std = np.full(levels - 1, np.nan)
+    r_hat = np.full(levels, np.nan)
+    energies = errors = heat = empty
+    if sums is not None:
+        whole, errors = sums
+        energies, heat = whole.energies, whole.heat_capacities
+        overlap = tally.overlaps(whole.kappa_differences)
+        works = seen["work_down"][:, :-1]
+        finite = np.where(np.isfinite(works), works, np.nan)
+        joined = np.moveaxis(finite, 0, 1).reshape(levels - 1, -1)
+        work_std = np.array([np.std(row[~np.isnan(row)]) if (~np.isnan(row)).sum() > 1 else np.nan for row in joined])
+        r_hat = np.array([split_r_hat(seen["square"][:, level]) for level in range(levels)])
+        integrals = _integrals(tally, plan, whole.log_mass + float(np.sum(whole.kappa_differences[1:])))
+    return ChainTrace(
+        precision=tally.kappa.precision,
+        mean_cost=mean("cost"),
+        mean_square=mean("square"),
+        acceptance=np.where(np.arange(levels) > 0, acceptance, np.nan),
+        inside=np.where(np.arange(levels) > 0, inside, np.nan),
+        overlap=overlap,
+        r_hat=r_hat,
+        work_std=work_std,
+        log_weights=tally.log_weights,
+        betas=tally.temperature.beta,
+        energies=energies,
+        energy_errors=errors,
+        heat_capacities=heat,
+        integrated=np.asarray(integrals[0]),
+        integrated_virial=np.asarray(integrals[1]),
+        gradients=np.asarray(gradients, np.int64),
+        non_finite=np.asarray(np.nanmean(non_finite > 0) if np.isfinite(non_finite).any() else 0.0),
+        progress=np.asarray(progress),
+    )
+
+
+def _integrals(tally: Tally, plan: Plan, without_ladder: float) -> tuple[float, float]:
+    """Return log mass with the κ ladder's free energy replaced by ∫ E[½a|δ|²] d log a, raw and with the regressor.
+
+    The regressor is B = δ·∇U − D, whose mean is zero where no wall is felt.
+    """
+    seen, kappa = tally.kappa_seen, tally.kappa
+    used = np.flatnonzero(kappa.precision > 0.0)[1:]
+    x = np.log(kappa.precision[used])
+    a, beta = kappa.precision[used, None], kappa.beta[used, None]
+
+    def flat(name: str) -> Vector:
+        return np.moveaxis(seen[name][:, used], 0, 1).reshape(len(used), -1)
+
+    slope = 0.5 * a * flat("square")
+    regressor = beta * flat("virial") + a * flat("square") + flat("pulled") - plan.dimension
+    centred = regressor - np.nanmean(regressor, axis=1, keepdims=True)
+    variance = np.nanmean(centred**2, axis=1)
+    share = np.where(variance > 0.0, np.nanmean(slope * centred, axis=1) / np.where(variance > 0.0, variance, 1.0), 0.0)
+    raw = np.nanmean(slope, axis=1)
+    corrected = np.nanmean(slope - share[:, None] * regressor, axis=1)
+    # Below the last positive precision of a flat ladder the integrand falls off like a.
+    tail = 1.0 if kappa.precision[-1] == 0.0 else 0.0
+    return tuple(
+        float(without_ladder + np.trapezoid(values[::-1], x[::-1]) + tail * values[-1]) for values in (raw, corrected)
+    )  # pyright: ignore[reportReturnType]
+
+
+def _cooled_once(tally: Tally) -> bool:
+    """Whether the chains have felt the cost: before, their weights say nothing about the region."""
+    return bool(np.isfinite(tally.kappa_seen["cost"][COOLING, 1]).any())
+
+
+def _jackknife(values: Vector) -> Vector:
+    """Return the standard error from values with one group left out each, along the first axis."""
+    groups = len(values)
+    finite = np.where(np.isfinite(values), values, np.nan)
+    error = np.sqrt((groups - 1) * np.mean((finite - finite.mean(axis=0)) ** 2, axis=0))
+    return np.asarray(np.where(np.isnan(error), np.inf, error))

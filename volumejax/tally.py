@@ -1,0 +1,164 @@
+"""From the records of chains to free energies: what was seen on which rung, and what it adds up to."""
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import logsumexp
+
+from volumejax.annealing import Record
+from volumejax.ensemble import Rung
+from volumejax.free_energy import acceptance_ratio, log_total_mass, overlap
+
+__all__ = ["COOLING", "HEATING", "Sums", "Tally"]
+
+COOLING, HEATING = 0, 1
+Vector = NDArray[np.float64]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """One evaluation of all records, or of those of some chains and passes.
+
+    Attributes:
+        log_mass: at the cutoff, in the measure of δ.
+        curve: at the cutoffs asked for.
+        energies: λ(β) = β(E C − C0) on the temperature rungs.
+        heat_capacities: β² Var C there.
+        kappa_differences: ΔF between the rungs of the κ ladder.
+        beta_differences: ΔF between those of the temperature ladder.
+    """
+
+    log_mass: float
+    curve: Vector
+    energies: Vector
+    heat_capacities: Vector
+    kappa_differences: Vector
+    beta_differences: Vector
+
+
+class Tally:
+    """Collects records, and reduces them.
+
+    Args:
+        kappa: the κ ladder; rung 0 is the reference.
+        temperature: the temperature ladder, cold to natural.
+        joint: the rung of the temperature ladder that is the last of the κ ladder.
+        log_reference: log normaliser of the reference in the measure of δ.
+        chains: number of chains of each pass.
+        anchor_cost: C(θ0).
+    """
+
+    def __init__(
+        self, kappa: Rung, temperature: Rung, joint: int, log_reference: float, chains: int, anchor_cost: float
+    ) -> None:
+        """Begin with nothing seen."""
+        self.kappa, self.temperature, self.joint = kappa, temperature, joint
+        self.log_reference, self.chains, self.anchor_cost = log_reference, chains, anchor_cost
+        shape = (2, len(kappa.precision), chains)
+        skipped = ("leaf_squares", "permitted")
+        self.kappa_seen = {name: np.full(shape, np.nan) for name in Record._fields if name not in skipped}
+        self.temperature_seen: list[tuple[int, int, dict[str, Vector]]] = []
+        self.log_weights = np.full(chains, log_reference)
+        """Annealing weights of the cooling chains so far, without the final factor."""
+        self.final_costs: list[Vector] = []
+
+    def add_kappa(self, which: int, rungs: list[int], record: Record) -> None:
+        """Enter visits to the κ ladder."""
+        for row, rung in enumerate(rungs):
+            # A chain that was drawn outside has no weight, and is a sample of nothing but the reference.
+            counts = record.permitted[row] | (rung == 0)
+            for name, seen in self.kappa_seen.items():
+                seen[which, rung] = np.where(counts, getattr(record, name)[row], np.nan)
+            if which == COOLING and rung < len(self.kappa.precision) - 1:
+                self.log_weights = self.log_weights - record.work_down[row]
+
+    def add_temperature(self, which: int, rungs: list[int], record: Record, *, weighs: bool) -> None:
+        """Enter visits to the temperature ladder; those that `weighs` take the cooling chains further down."""
+        for row, rung in enumerate(rungs):
+            names = ("cost", "reach", "work_down", "work_up", "acceptance")
+            seen = {name: np.where(record.permitted[row], getattr(record, name)[row], np.nan) for name in names}
+            self.temperature_seen.append((which, rung, seen))
+            if weighs and rung < len(self.temperature.beta) - 1:
+                self.log_weights = self.log_weights - record.work_down[row]
+            elif weighs:
+                self.final_costs.append(record.cost[row])
+
+    def bound_weights(self, cutoff_costs: Vector, beta: float) -> Vector:
+        """Return log weights whose mean is below the mass: of finished chains, or of where the chains stand now."""
+        if self.final_costs:
+            natural = self.temperature.beta[-1]
+            energies = natural * np.stack(self.final_costs)
+            return self.log_weights + logsumexp(energies, axis=0) - np.log(len(energies))
+        return self.log_weights + beta * cutoff_costs
+
+    def sums(
+        self,
+        cutoffs: Vector,
+        cutoff: float,
+        *,
+        chains: NDArray,
+        passes: tuple[int, ...] = (0, 1),
+        near: Sums | None = None,
+    ) -> Sums:
+        """Reduce the records of the given chains and passes; `near` is the result for nearly the same."""
+        down = self.kappa_seen["work_down"][np.ix_(np.array(passes), np.arange(len(self.kappa.precision)), chains)]
+        # The reference is drawn once, for both passes.
+        down[:, 0] = self.kappa_seen["work_down"][COOLING, 0, chains]
+        up = self.kappa_seen["work_up"][np.ix_(np.array(passes), np.arange(len(self.kappa.precision)), chains)]
+        kappa_differences = acceptance_ratio(
+            _rows(down)[:-1], _rows(up)[1:], None if near is None else near.kappa_differences
+        )
+        log_end = self.log_reference - float(np.sum(kappa_differences))
+        count = len(self.temperature.beta)
+        of_rung: list[list[dict[str, Vector]]] = [[] for _ in range(count)]
+        for which, rung, seen in self.temperature_seen:
+            if which in passes:
+                of_rung[rung].append({name: value[chains] for name, value in seen.items()})
+
+        def together(rung: int, name: str) -> Vector:
+            return np.concatenate([seen[name] for seen in of_rung[rung]]) if of_rung[rung] else np.zeros(0)
+
+        longest = max(sum(len(seen["cost"]) for seen in group) for group in of_rung)
+
+        def table(name: str) -> Vector:
+            rows = [together(rung, name) for rung in range(count)]
+            return np.stack([np.pad(row, (0, longest - len(row)), constant_values=np.nan) for row in rows])
+
+        beta_differences = acceptance_ratio(table("work_down")[:-1], table("work_up")[1:])
+        # Outwards from the joint rung, so that what a pass did not visit spoils nothing else.
+        colder = np.cumsum(beta_differences[: self.joint][::-1])[::-1]
+        warmer = -np.cumsum(beta_differences[self.joint :])
+        log_z = log_end + np.concatenate([colder, [0.0], warmer])
+        costs, reaches = table("cost"), table("reach")
+        counts = np.sum(~np.isnan(costs), axis=1).astype(float)
+        present = ~np.isnan(costs)
+        masses = log_total_mass(
+            costs[present],
+            reaches[present],
+            np.asarray(self.temperature.beta),
+            counts,
+            log_z,
+            np.append(cutoffs, cutoff),
+        )
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means = np.nansum(costs, axis=1) / counts
+            variances = np.nansum(np.square(costs - means[:, None]), axis=1) / np.maximum(counts - 1.0, 1.0)
+        beta = self.temperature.beta
+        return Sums(
+            log_mass=float(masses[-1]),
+            curve=masses[:-1],
+            energies=beta * (means - self.anchor_cost),
+            heat_capacities=beta**2 * variances,
+            kappa_differences=kappa_differences,
+            beta_differences=beta_differences,
+        )
+
+    def overlaps(self, differences: Vector) -> Vector:
+        """Return the overlap of each pair of neighbouring κ rungs."""
+        return overlap(_rows(self.kappa_seen["work_down"])[:-1], _rows(self.kappa_seen["work_up"])[1:], differences)
+
+
+def _rows(works: Vector) -> Vector:
+    """Return works of shape (passes, rungs, chains) as (rungs, passes · chains)."""
+    return np.moveaxis(works, 0, 1).reshape(works.shape[1], -1)

@@ -1,0 +1,388 @@
+r"""The tether estimator: the log mass of the star or the connected region, by annealed, escorted chains in two passes.
+
+.. math:: \mathrm{mass}(\varepsilon) = Z(\beta, 0)\,\mathbb{E}_\beta[e^{\beta C} 1\{\theta \in \mathrm{region}\}]
+
+A tether κ|δ|²/2 holds chains at the anchor, where the normaliser is known exactly, and is let go along a ladder. The
+cooling pass starts from exact draws: its weights certify a lower bound. A heating pass starts from independent chains
+beyond the end. Bennett's acceptance ratio over both gives the estimate, and their difference says whether it mixed.
+
+Sources: Frenkel & Ladd 1984; Xu, Frenkel & Liu 2011 (PRL 106, 245502) for the tether; Neal 2001 and Vaikuntanathan &
+Jarzynski 2008 for the weights; Bennett 1976 and Jarzynski 2002 for the estimate.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Key, PyTree
+
+from volumejax import tree
+from volumejax.annealing import MOST_VISITS, Record, begin, pad, travel
+from volumejax.ensemble import TRAJECTORIES, Ensemble, Position, Rung
+from volumejax.frames import frame_of
+from volumejax.ladder import kappa_ladder, temperature_ladder
+from volumejax.parallel import num_devices, require_threefry
+from volumejax.pilot import Pilot, fly
+from volumejax.regions import Connected, Star
+from volumejax.results import VolumeEstimate
+from volumejax.summary import Plan, summarise
+from volumejax.tally import COOLING, HEATING, Tally
+from volumejax.validation import check_deterministic, check_question
+
+__all__ = ["tether_stream", "tether_volume"]
+
+Cost = Callable[[PyTree], Float[Array, ""]]
+OnProgress = Callable[[str, float], None]
+
+_GRADIENTS = 50_000
+"""Gradients per chain at effort 1 for D ≥ 4,810; up to ten times as many for smaller problems, where they cost
+little."""
+_PILOT, _KAPPA, _TEMPERATURE = 0.15, 0.35, 0.06
+"""Shares of them for the pilot, each pass down or up the κ ladder, and the temperatures."""
+_MOST_STEPS = 500
+_FORWARDS = 3
+"""Evaluations of the cost that a gradient is worth."""
+_LAST_VISITS = 24
+"""Visits of each chain to the last rung, whose costs average the final factor."""
+_FIRST_VISITS = 4
+"""Visits of the heating chains beyond the end of the ladder, and then at its end, before they count."""
+_SECONDS = 2.0
+"""Aimed at between two yields."""
+_OVERSHOOT = 0.9
+"""Precision, relative to the prior's, to which the heating chains are let go before they start."""
+_PILOT_KEY, _START, _COOL, _RELEASE, _CURVE, _OVER, _SETTLE, _HEAT = range(8)
+
+
+def tether_volume(
+    key: Key[Array, ""],
+    cost: Cost,
+    params: PyTree,
+    prior: Any,
+    *,
+    cutoff: float,
+    region: Star | Connected = Connected(),  # noqa: B008 - frozen and stateless
+    effort: float = 1.0,
+    num_chains: int | None = None,
+    beta_factor: float = 1.0,
+    escort: float = 1.0,
+    decades: float = 2.0,
+    batch_size: int | None = None,
+    mesh: Mesh | None = None,
+    on_progress: OnProgress | None = None,
+) -> VolumeEstimate:
+    """Estimate the log prior mass of the region around `params`: a value, its error, a certified bound, a mixing test.
+
+    For the host; jitted in pieces. Ctrl-C returns what is there, with a status that says so.
+
+    Args:
+        key: typed threefry key.
+        cost: params -> scalar nats, differentiable and deterministic, at most `cutoff` at the anchor.
+        params: the anchor, a pytree of floating arrays, D numbers in all.
+        prior: `Gaussian`, `UniformBox`, `UniformBall` or `Lebesgue`.
+        cutoff: ε in nats, positive.
+        region: `Connected()` or `Star()`.
+        effort: scales the number of gradients, fixed beforehand: 1 means 50,000 per chain, ten times as many for small
+            problems. The error falls like its root, the bias of slow modes like its inverse.
+        num_chains: chains of each pass; None chooses between 8 and 64 by D.
+        beta_factor: multiplies the automatic inverse temperature; the answer does not depend on it.
+        escort: largest share of a free direction's stretch that the maps between levels may take, 0 for plain weights.
+        decades: how far below `cutoff` the curve reaches, in powers of ten.
+        batch_size: chains at once; None takes all. Does not change the result.
+        mesh: device mesh with an axis `rays`, over which chains are spread; None for one device.
+        on_progress: called with a stage's name and the share of it that is done.
+
+    Returns:
+        A `VolumeEstimate` with `curve`, `learning_coefficient`, `hysteresis` and a `ChainTrace`; NumPy float64 leaves.
+
+    Raises:
+        ValueError: arguments that do not fit each other, a cost that is not deterministic, an anchor outside its own
+            region, an improper prior over an unbounded region.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, volumejax as vj
+        >>> ball = lambda w: 0.5 * jnp.sum(w**2)
+        >>> question = (ball, jnp.zeros(10), vj.Gaussian(1.0))
+        >>> estimate = vj.tether_volume(jax.random.key(0), *question, cutoff=0.01, effort=0.02)
+        >>> bool(abs(estimate.log_mass - -27.8217) < 4 * estimate.std_error)
+        True
+
+    Reference: docs/mathematics.md, "The tether".
+    """
+    estimate = None
+    stream = tether_stream(
+        key,
+        cost,
+        params,
+        prior,
+        cutoff=cutoff,
+        region=region,
+        effort=effort,
+        num_chains=num_chains,
+        beta_factor=beta_factor,
+        escort=escort,
+        decades=decades,
+        batch_size=batch_size,
+        mesh=mesh,
+        on_progress=on_progress,
+    )
+    try:
+        for latest in stream:
+            estimate = latest
+    except KeyboardInterrupt:
+        if estimate is None:
+            raise
+    if estimate is None:
+        raise RuntimeError("the run ended without an estimate")
+    return estimate
+
+
+def tether_stream(
+    key: Key[Array, ""],
+    cost: Cost,
+    params: PyTree,
+    prior: Any,
+    *,
+    cutoff: float,
+    region: Star | Connected = Connected(),  # noqa: B008 - frozen and stateless
+    effort: float = 1.0,
+    num_chains: int | None = None,
+    beta_factor: float = 1.0,
+    escort: float = 1.0,
+    decades: float = 2.0,
+    batch_size: int | None = None,
+    mesh: Mesh | None = None,
+    on_progress: OnProgress | None = None,
+) -> Iterator[VolumeEstimate]:
+    """Yield what can be said so far, every few seconds; the last one is what `tether_volume` returns.
+
+    While the chains cool, each estimate is a lower bound from where they stand (the tether only takes mass away); then
+    come the estimates from the cooling pass, and at last from both.
+
+    Args:
+        key: as for `tether_volume`.
+        cost: as for `tether_volume`.
+        params: as for `tether_volume`.
+        prior: as for `tether_volume`.
+        cutoff: as for `tether_volume`.
+        region: as for `tether_volume`.
+        effort: as for `tether_volume`.
+        num_chains: as for `tether_volume`.
+        beta_factor: as for `tether_volume`.
+        escort: as for `tether_volume`.
+        decades: as for `tether_volume`.
+        batch_size: as for `tether_volume`.
+        mesh: as for `tether_volume`.
+        on_progress: as for `tether_volume`.
+
+    Yields:
+        `VolumeEstimate` with NumPy float64 leaves.
+
+    Raises:
+        ValueError: as for `tether_volume`, before the first gradient where possible.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, volumejax as vj
+        >>> question = (lambda w: 0.5 * jnp.sum(w**2), jnp.zeros(4), vj.Gaussian(1.0))
+        >>> stream = vj.tether_stream(jax.random.key(0), *question, cutoff=0.1, effort=0.01)
+        >>> [e.kind.item() for e in stream][-1] == vj.Kind.ESTIMATE
+        True
+    """
+    key = require_threefry(key)
+    if not isinstance(region, Star | Connected):
+        raise ValueError(f"region must be vj.Star() or vj.Connected(), got {type(region).__name__}")
+    for name, value in (("effort", effort), ("beta_factor", beta_factor)):
+        if not (math.isfinite(value) and value > 0.0):
+            raise ValueError(f"{name} must be a positive number, got {value}")
+    if not 0.0 <= escort <= 1.0:
+        raise ValueError(f"escort must lie between 0 and 1, got {escort}")
+    if not (math.isfinite(decades) and decades >= 0.0):
+        raise ValueError(f"decades must be zero or a positive number, got {decades}")
+    for name, count, least in (("num_chains", num_chains, 4), ("batch_size", batch_size, 1)):
+        if count is not None and count < least:
+            raise ValueError(f"{name} must be at least {least}, got {count}")
+    params = check_question(cost, params, prior, cutoff)
+    check_deterministic(cost, params)
+    dimension = tree.size(params)
+    with jax.enable_x64(True):
+        ensemble = Ensemble(
+            cost=cost,
+            frame=frame_of(prior, params),
+            cutoff=jnp.asarray(float(cutoff), jnp.float64),
+            region=region,
+            callers_x64=bool(jax.config.read("jax_enable_x64")),
+        )
+    chains = int(np.clip(40_000 // dimension, 8, 64)) if num_chains is None else num_chains
+    devices = num_devices(mesh)
+    chains = -(-chains // devices) * devices
+    run = _Run(
+        ensemble=ensemble,
+        key=key,
+        chains=chains,
+        budget=_GRADIENTS * effort * float(np.clip(4810 / dimension, 1.0, 10.0)),
+        anchor_cost=float(jax.jit(lambda p: cost(p))(params)),
+        prior_term=float(prior.anchor_term(params)),
+        proper=bool(prior.proper),
+        beta_factor=beta_factor,
+        escort=escort,
+        decades=decades,
+        batch_size=batch_size,
+        mesh=mesh,
+        on_progress=on_progress or (lambda *_: None),
+    )
+    return run.stream()
+
+
+class _Leg(NamedTuple):
+    """A route over one ladder, and where its records go."""
+
+    stage: str
+    table: Rung
+    route: list[int]
+    tag: int
+    enter: Callable[[list[int], Record], None]
+
+
+@dataclasses.dataclass
+class _Run:
+    """One run: what is fixed, then the legs in order."""
+
+    ensemble: Ensemble
+    key: Array
+    chains: int
+    budget: float
+    anchor_cost: float
+    prior_term: float
+    proper: bool
+    beta_factor: float
+    escort: float
+    decades: float
+    batch_size: int | None
+    mesh: Mesh | None
+    on_progress: OnProgress
+
+    def stream(self) -> Iterator[VolumeEstimate]:
+        ensemble, cutoff = self.ensemble, float(self.ensemble.cutoff)
+        pilot = self._fly()
+        kappa = kappa_ladder(
+            pilot.survey,
+            budget=_KAPPA * self.budget,
+            most_steps=_MOST_STEPS,
+            escort=self.escort,
+            overhead=TRAJECTORIES * ensemble.checks / _FORWARDS,
+        )
+        temperature, joint = temperature_ladder(
+            pilot.survey, decades=self.decades, most_steps=_MOST_STEPS, budget=_TEMPERATURE * self.budget
+        )
+        with jax.enable_x64(True):
+            first = jnp.float64(kappa.precision[0])
+            log_reference = float(ensemble.frame.log_reference(first) + ensemble.frame.offset)
+        tally = Tally(kappa, temperature, joint, log_reference, self.chains, self.anchor_cost)
+        plan = Plan(
+            cutoff=cutoff,
+            cutoffs=self.anchor_cost
+            + (cutoff - self.anchor_cost) * np.logspace(-self.decades, 0.0, 1 + round(8 * self.decades)),
+            dimension=ensemble.dimension,
+            prior_term=self.prior_term,
+            proper=self.proper,
+            region=ensemble.region.name,
+        )
+        kappa_table, temperature_table = pad(kappa), pad(temperature)
+        bottom, last = len(kappa.precision) - 1, len(temperature.beta) - 1
+
+        def enter_kappa(which: int) -> Callable[[list[int], Record], None]:
+            return lambda rungs, record: tally.add_kappa(which, rungs, record)
+
+        def enter_temperature(which: int, weighs: bool) -> Callable[[list[int], Record], None]:
+            return lambda rungs, record: tally.add_temperature(which, rungs, record, weighs=weighs)
+
+        cool = [
+            _Leg("cooling", kappa_table, [*range(bottom + 1), bottom], _COOL, enter_kappa(COOLING)),
+            _Leg(
+                "cooling",
+                temperature_table,
+                [*range(joint, last), *[last] * (_LAST_VISITS + 1)],
+                _RELEASE,
+                enter_temperature(COOLING, True),
+            ),
+            _Leg(
+                "curve",
+                temperature_table,
+                [*range(last, -1, -1), *range(last + 1), last],
+                _CURVE,
+                enter_temperature(COOLING, False),
+            ),
+        ]
+        over = jax.tree.map(lambda x: np.repeat(x[-1:], 2, axis=0), kappa)
+        over = eqx.tree_at(lambda r: r.precision, over, over.precision * np.array([_OVERSHOOT, 1.0]))
+        heat = [
+            _Leg("heating", pad(over), [0] * _FIRST_VISITS + [1] * (_FIRST_VISITS + 1), _OVER, lambda *_: None),
+            _Leg(
+                "heating",
+                temperature_table,
+                [*[last] * _LAST_VISITS, *range(last, joint - 1, -1), joint],
+                _SETTLE,
+                enter_temperature(HEATING, False),
+            ),
+            _Leg("heating", kappa_table, [*range(bottom, 0, -1), 1], _HEAT, enter_kappa(HEATING)),
+        ]
+        if ensemble.frame.stiffness == 0.0:
+            heat = heat[1:]
+        work = [_gradients(leg) for leg in (*cool, *heat)]
+        total, spent = pilot.gradients + sum(work), pilot.gradients
+        start = begin(
+            ensemble, jax.random.fold_in(self.key, _START), first, jnp.arange(self.chains, dtype=jnp.int32), self.mesh
+        )
+        for origin, legs, done in ((start, cool, False), (pilot.ends, heat, True)):
+            positions = origin
+            for leg in legs:
+                for where, spent_here in self._follow(leg, positions):
+                    positions, share = where, (spent + spent_here) / total
+                    self.on_progress(leg.stage, share)
+                    yield summarise(tally, plan, positions.cost, spent + spent_here, share, final=False)
+                spent += _gradients(leg)
+            if done:
+                yield summarise(tally, plan, positions.cost, spent, 1.0, final=True)
+
+    def _fly(self) -> Pilot:
+        return fly(
+            self.ensemble,
+            jax.random.fold_in(self.key, _PILOT_KEY),
+            chains=self.chains,
+            budget=_PILOT * self.budget,
+            anchor_cost=self.anchor_cost,
+            beta_factor=self.beta_factor,
+            batch_size=self.batch_size,
+            mesh=self.mesh,
+            on_progress=lambda share: self.on_progress("pilot", share),
+        )
+
+    def _follow(self, leg: _Leg, positions: Position) -> Iterator[tuple[Position, int]]:
+        """Take the chains along a leg, in calls of a few seconds; the cut does not change the result."""
+        key = jax.random.fold_in(self.key, leg.tag)
+        done, count, spent, spoke = 0, 2, 0, time.perf_counter()
+        visits = len(leg.route) - 1
+        while done < visits:
+            began = time.perf_counter()
+            route = leg.route[done : done + count + 1]
+            positions, record = travel(self.ensemble, key, positions, leg.table, route, done, self.batch_size)
+            leg.enter(route[:-1], record)
+            done += len(route) - 1
+            spent += int(np.sum(leg.table.gradients[route[:-1]]))
+            now = time.perf_counter()
+            per_visit = (now - began) / (len(route) - 1)
+            count = int(np.clip(_SECONDS / max(per_visit, 1e-9), 1, MOST_VISITS))
+            if now - spoke > _SECONDS and done < visits:
+                spoke = now
+                yield positions, spent
+        yield positions, spent
+
+
+def _gradients(leg: _Leg) -> int:
+    return int(np.sum(leg.table.gradients[leg.route[:-1]]))
