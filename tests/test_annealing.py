@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from volumejax.annealing import MOST_VISITS, TABLE, Record, begin, pad, travel
+from volumejax.annealing import MOST_VISITS, TABLE, Record, begin, pad, slopes, travel
 from volumejax.ensemble import Ensemble, Rung
 from volumejax.frames import frame_of
+from volumejax.metric import plain_metric
 from volumejax.priors import Gaussian
 from volumejax.regions import Connected
 
@@ -43,11 +44,11 @@ def journey():
     with jax.enable_x64(True):
         ensemble = Ensemble(cost, frame_of(Gaussian(0.7), PARAMS), jnp.float64(0.35), Connected(), False)
         precision = jnp.float64(np.exp(3.0))
-    table = pad(ladder())
+    table, metric = pad(ladder()), plain_metric(PARAMS, turns=True)
     start = begin(ensemble, jax.random.key(1), precision, jnp.arange(CHAINS, dtype=jnp.int32), None)
 
     def send(route, *, positions=start, first=0, batch_size=None, seed=2):
-        return travel(ensemble, jax.random.key(seed), positions, table, route, first, batch_size)
+        return travel(ensemble, metric, jax.random.key(seed), positions, table, route, first, batch_size)
 
     return ensemble, start, send
 
@@ -161,6 +162,16 @@ def test_a_chain_whose_image_is_outside_stays_inside(journey):
         misses += np.sum(np.isposinf(log.work_down[2:]))
         assert np.all(np.asarray(positions.cost) <= 0.35) and np.all(log.cost <= 0.35)
     assert misses > 0
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_slopes_are_gradients_in_whitened_coordinates(journey, batch_size):
+    ensemble, start, _ = journey
+    found = dict(zip(sorted(PARAMS), slopes(ensemble, start, batch_size), strict=True))
+    for i in range(CHAINS):
+        d = {name: np.asarray(value)[i] for name, value in start.displacement.items()}
+        np.testing.assert_allclose(found["w"][i], [0.49 * d["w"][0], 4 * 0.49 * d["w"][1]], rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(found["b"][i], 8.0 * 0.7**4 * d["b"] ** 3, rtol=1e-3, atol=1e-7)
 
 
 def test_starts_are_drawn_by_number(journey):

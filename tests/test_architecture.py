@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "volumejax"
 
 # From the ground up; modules on one line do not know each other.
 LAYERS = [
-    ["logmath", "radial", "tree", "softmax", "examples", "tails", "chains", "free_energy"],
+    ["logmath", "radial", "tree", "softmax", "examples", "tails", "chains", "free_energy", "metric"],
     ["exact", "results", "parallel", "diagnostics"],
     ["priors", "regions", "behaviours", "curvature", "validation"],
     ["reference", "proposals", "optax_moments", "boundary", "frames"],

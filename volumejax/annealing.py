@@ -10,15 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from volumejax import tree
 from volumejax.ensemble import SHORT, TRAJECTORIES, Ensemble, Position, Rung
 from volumejax.kernels import hmc
+from volumejax.metric import Metric
 from volumejax.parallel import spread
 from volumejax.results import to_host
 
-__all__ = ["MOST_VISITS", "Record", "begin", "pad", "travel"]
+__all__ = ["MOST_VISITS", "Record", "begin", "pad", "slopes", "travel"]
 
 MOST_VISITS = 32
 """Rungs visited in one call of the compiled program, at most."""
@@ -77,6 +78,7 @@ def begin(
 @eqx.filter_jit
 def _travel(
     ensemble: Ensemble,
+    metric: Metric,
     key: Key[Array, ""],
     positions: Position,
     table: Rung,
@@ -98,7 +100,7 @@ def _travel(
                 visit_key = jax.random.fold_in(key, first + k)
 
             def one(index: Array, position: Position) -> tuple[dict[str, Array], Position]:
-                return _visit_one(ensemble, visit_key, table, rung, here, ahead, index, position)
+                return _visit_one(ensemble, metric, visit_key, table, rung, here, ahead, index, position)
 
             if batch_size is None or batch_size >= num_chains:
                 seen, moved = jax.vmap(one)(indices, positions)
@@ -109,7 +111,7 @@ def _travel(
         shapes = jax.eval_shape(
             lambda p: jax.vmap(
                 lambda i, p: _visit_one(
-                    ensemble, key, table, jax.tree.map(lambda x: x[0], table), route[0], route[0], i, p
+                    ensemble, metric, key, table, jax.tree.map(lambda x: x[0], table), route[0], route[0], i, p
                 )
             )(indices, p)[0],
             positions,
@@ -119,10 +121,11 @@ def _travel(
 
 
 def _visit_one(
-    ensemble: Ensemble, key: Array, table: Rung, rung: Rung, here: Array, ahead: Array, index: Array, position: Position
-) -> tuple[dict[str, Array], Position]:
+    ensemble: Ensemble, metric: Metric, key: Array, table: Rung, rung: Rung, here: Array, ahead: Array, index: Array,
+    position: Position,
+) -> tuple[dict[str, Array], Position]:  # fmt: skip
     """One chain on one rung: moves, a look both ways, and the step on."""
-    _, step = hmc(ensemble, rung)
+    _, step = hmc(ensemble, rung, metric)
 
     def move(m: Array, carry: tuple[Position, Array]) -> tuple[Position, Array]:
         position, sums = carry
@@ -174,6 +177,16 @@ def _visit_one(
     return seen, onward
 
 
+@eqx.filter_jit
+def slopes(ensemble: Ensemble, positions: Position, batch_size: int | None) -> list[Float[Array, "chains ..."]]:
+    """Return the gradient of C in whitened coordinates where each chain stands, leaf by leaf."""
+
+    def one(displacement: PyTree) -> list[Array]:
+        return jax.tree.leaves(ensemble.value_and_slope(displacement)[1])
+
+    return jax.lax.map(one, positions.displacement, batch_size=batch_size or len(positions.cost))
+
+
 def pad(rungs: Rung) -> Rung:
     """Return the table on the device, filled up with copies of the last rung to a length shared by many ladders."""
     length = TABLE
@@ -187,6 +200,7 @@ def pad(rungs: Rung) -> Rung:
 
 def travel(
     ensemble: Ensemble,
+    metric: Metric,
     key: Key[Array, ""],
     positions: Position,
     table: Rung,
@@ -198,6 +212,7 @@ def travel(
 
     Args:
         ensemble: the target.
+        metric: of the moves.
         key: visit k of chain i uses `fold_in(fold_in(key, first + k), i)`, so that results do not depend on the cut.
         positions: of all chains, leading axis.
         table: from `pad`.
@@ -209,6 +224,8 @@ def travel(
     if not 0 < count <= MOST_VISITS:
         raise ValueError(f"a route takes between 1 and {MOST_VISITS} visits, got {count}")
     padded = jnp.asarray(np.pad(np.asarray(route, np.int32), (0, MOST_VISITS - count), mode="edge"))
-    positions, log = _travel(ensemble, key, positions, table, padded, jnp.int32(first), jnp.int32(count), batch_size)
+    positions, log = _travel(
+        ensemble, metric, key, positions, table, padded, jnp.int32(first), jnp.int32(count), batch_size
+    )
     host = to_host(log)
     return positions, Record(**{name: host[name][:count] for name in Record._fields})

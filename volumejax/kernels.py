@@ -1,9 +1,10 @@
 r"""Hamiltonian Monte Carlo on the tethered ensemble, with the prior and the tether integrated exactly.
 
 The Hamiltonian splits into the quadratic part, whose flow is a rotation in each coordinate, and the cost, which kicks:
-the energy error then grows with the number of directions that the cost confines and not with D. Behind the wall of
-the region a trajectory that steps outside is reflected about the cost's gradient there; two steps outside in a row, or
-an end outside, reject it. Reversible and volume-preserving, hence exact.
+the energy error then grows with the number of directions that the cost confines and not with D. Steps are taken in the
+turned coordinates of a metric, so that one size fits the stiff and the soft. Behind the wall of the region a trajectory
+that steps outside is reflected about the cost's gradient there; two steps outside in a row, or an end outside, reject
+it. Reversible and volume-preserving, hence exact.
 
 References: Neal 2011 (Handbook of Markov Chain Monte Carlo, ch. 5) for the method; Shahbaba, Lan, Johnson & Neal,
 Statistics and Computing 2014, for the splitting; Neal, Annals of Statistics 2003, §7.2, for outside reflection.
@@ -20,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from volumejax import tree
 from volumejax.ensemble import Ensemble, Position, Rung
 from volumejax.frames import Walls
+from volumejax.metric import Metric
 from volumejax.tree import wide
 
 __all__ = ["MoveInfo", "hmc"]
@@ -41,7 +43,8 @@ class MoveInfo(eqx.Module):
 
 
 class _Flight(eqx.Module):
-    displacement: PyTree
+    place: PyTree
+    """δ in the turned coordinates, like the velocity."""
     velocity: PyTree
     cost: Float[Array, ""]
     virial: Float[Array, ""]
@@ -53,13 +56,14 @@ class _Flight(eqx.Module):
 
 
 def hmc(
-    ensemble: Ensemble, rung: Rung
+    ensemble: Ensemble, rung: Rung, metric: Metric
 ) -> tuple[Callable[[PyTree], Position], Callable[..., tuple[Position, MoveInfo]]]:
     """Return `init(displacement) -> position` and `step(key, position[, num_steps]) -> (position, info)`.
 
     Args:
         ensemble: the target but for its parameters.
         rung: those parameters with masses, step size (float64) and number of steps; may be traced.
+        metric: bases and curvatures; behind the walls of a box it may not turn.
     """
 
     def init(displacement: PyTree) -> Position:
@@ -69,17 +73,16 @@ def hmc(
 
     def step(key: Key[Array, ""], position: Position, num_steps: Any = rung.num_steps) -> tuple[Position, MoveInfo]:
         with jax.enable_x64(True):
-            return _trajectory(ensemble, rung, key, position, num_steps)
+            return _trajectory(ensemble, rung, metric, key, position, num_steps)
 
     return init, step
 
 
 def _trajectory(
-    ensemble: Ensemble, rung: Rung, key: Array, start: Position, num_steps: Any
+    ensemble: Ensemble, rung: Rung, metric: Metric, key: Array, start: Position, num_steps: Any
 ) -> tuple[Position, MoveInfo]:
-    treedef = jax.tree.structure(start.displacement)
-    masses = jax.tree.unflatten(treedef, list(rung.masses.astype(jnp.float32)))
     a, beta = (jnp.asarray(x, jnp.float32) for x in (rung.precision, rung.beta))
+    masses = metric.masses(rung.masses.astype(jnp.float32), a, beta, start.displacement)
     # The generator does not lower under float64 when the call around it runs without.
     with jax.enable_x64(False):
         lot, jitter = jax.random.uniform(jax.random.fold_in(key, 0), (2,), jnp.float32)
@@ -91,28 +94,33 @@ def _trajectory(
     num_steps = jnp.asarray(num_steps, jnp.int32)
     walls = ensemble.frame.walls
 
+    turns = _turns(ensemble, metric, h, a, masses) if walls is None else None
+
     def advance(i: Array, flight: _Flight) -> _Flight:
         # The first pass stands still: it measures the slope at the start, so that the cost's gradient is compiled once.
-        time = jnp.where(i == 0, jnp.float32(0.0), h)
-        if walls is None:
-            displacement, velocity = _rotate(ensemble, flight.displacement, flight.velocity, time, a, masses)
+        moves = i > 0
+        if turns is not None:
+            place, velocity = _rotate(turns, flight.place, flight.velocity, moves)
             folded = jnp.ones((), bool)
         else:
-            displacement, velocity, folded = _fold(walls, flight.displacement, flight.velocity, time)
+            time = jnp.where(moves, h, jnp.float32(0.0))
+            place, velocity, folded = _fold(walls, flight.place, flight.velocity, time)
+        displacement = metric.restored(place)
         cost, slope = ensemble.value_and_slope(displacement)
+        virial = tree.dot(displacement, slope)
+        slope = metric.turned(slope)
         permitted = ensemble.permits(cost, displacement)
         share = jnp.where((i == 0) | (i == num_steps), jnp.float32(0.5), jnp.float32(1.0)) * h
-        pulling = jax.tree.map(lambda g, d: beta * g if walls is None else beta * g + a * d, slope, displacement)
+        pulling = jax.tree.map(lambda g, d: beta * g if turns is not None else beta * g + a * d, slope, place)
         kicked = jax.tree.map(lambda v, g, m: v - share * g / m, velocity, pulling, masses)
-        bounced = _reflect(ensemble, displacement, velocity, slope, masses)
+        bounced = _reflect(ensemble, metric, displacement, velocity, slope, masses)
         broken = ~jnp.isfinite(cost) | ~jnp.isfinite(_sum(jax.tree.map(jnp.sum, slope)))
-        virial = tree.dot(displacement, slope)
         return _Flight(
-            displacement=displacement,
+            place=place,
             velocity=jax.tree.map(lambda x, y: jnp.where(permitted, x, y), kicked, bounced),
             cost=cost,
             virial=virial,
-            first_virial=jnp.where(i == 0, virial, flight.first_virial),
+            first_virial=jnp.where(moves, flight.first_virial, virial),
             legal=flight.legal & folded & ~broken & (permitted | ((i < num_steps) & ~flight.was_out)),
             was_out=~permitted,
             bounces=flight.bounces + (~permitted).astype(jnp.int32),
@@ -120,41 +128,59 @@ def _trajectory(
         )
 
     no, yes, none = jnp.zeros((), bool), jnp.ones((), bool), jnp.zeros((), jnp.int32)
-    begun = _Flight(start.displacement, launch, start.cost, start.virial, start.virial, yes, no, none, none)
+    place = metric.turned(start.displacement)
+    begun = _Flight(place, launch, start.cost, start.virial, start.virial, yes, no, none, none)
     end = jax.lax.fori_loop(jnp.int32(0), num_steps + jnp.int32(1), advance, begun)
-    reach = ensemble.reach(end.displacement, end.cost)
-    inside = end.legal & ensemble.permits(reach, end.displacement)
+    arrived = metric.restored(end.place)
+    reach = ensemble.reach(arrived, end.cost)
+    inside = end.legal & ensemble.permits(reach, arrived)
     error = (
         rung.beta * (end.cost - start.cost)
-        + _quadratic_gain(ensemble, jnp.asarray(rung.precision), start.displacement, end.displacement)
+        + _quadratic_gain(ensemble, jnp.asarray(rung.precision), start.displacement, arrived)
         + _kinetic_gain(masses, launch, end.velocity)
     )
     acceptance = jnp.where(inside & jnp.isfinite(error), jnp.exp(-jnp.maximum(error, 0.0)), 0.0)
     taken = wide(chance) < acceptance
     stayed = Position(start.displacement, start.cost, start.reach, end.first_virial)
-    moved = Position(end.displacement, end.cost, reach, end.virial)
+    moved = Position(arrived, end.cost, reach, end.virial)
     position = jax.tree.map(lambda x, y: jnp.where(taken, x, y), moved, stayed)
     return position, MoveInfo(acceptance, inside, end.bounces, end.non_finite)
 
 
-def _rotate(ensemble: Ensemble, d: PyTree, v: PyTree, time: Array, a: Array, masses: PyTree) -> tuple[PyTree, PyTree]:
-    """Flow for a time in the quadratic part alone: each coordinate turns about −b/a at the angular speed √(a/m)."""
+class _Turns(eqx.Module):
+    """The flow of the quadratic part for one step: each coordinate turns about −b/a at the angular speed √(a/m)."""
+
+    offset: PyTree | None
+    """b/a in the turned coordinates."""
+    shortening: PyTree
+    """cos − 1."""
+    drift: PyTree
+    spring: PyTree
+
+
+def _turns(ensemble: Ensemble, metric: Metric, time: Array, a: Array, masses: PyTree) -> _Turns:
     pull = ensemble.frame.pull
+    speeds = jax.tree.map(lambda m: jnp.sqrt(a / m), masses)
+    return _Turns(
+        offset=None if pull is None else jax.tree.map(lambda b: b / a, metric.turned(pull)),
+        shortening=jax.tree.map(lambda s: -2.0 * jnp.square(jnp.sin(0.5 * s * time)), speeds),
+        drift=jax.tree.map(lambda s: time * jnp.sinc(s * time / jnp.float32(jnp.pi)), speeds),
+        spring=jax.tree.map(lambda s: s * jnp.sin(s * time), speeds),
+    )
 
-    def sine(m: Array) -> tuple[Array, Array, Array]:
-        speed = jnp.sqrt(a / m)
-        angle = speed * time
-        return jnp.cos(angle), time * jnp.sinc(angle / jnp.float32(jnp.pi)), speed * jnp.sin(angle)
 
-    turns = jax.tree.map(sine, masses)
-    if pull is None:
-        offsets = d
-    else:
-        offsets = jax.tree.map(lambda x, b: x + b / a, d, pull)
+def _rotate(turns: _Turns, place: PyTree, velocity: PyTree, moves: Bool[Array, ""]) -> tuple[PyTree, PyTree]:
+    """Flow for the time of `turns`, or not at all."""
+    on = moves.astype(jnp.float32)
+    offsets = place if turns.offset is None else jax.tree.map(jnp.add, place, turns.offset)
     # The displacement is moved by a difference, so that a short step is not rounded to that of a long offset.
-    new_d = jax.tree.map(lambda x, o, v, t: x + ((t[0] - 1.0) * o + t[1] * v), d, offsets, v, turns)
-    new_v = jax.tree.map(lambda o, v, t: t[0] * v - t[2] * o, offsets, v, turns)
-    return new_d, new_v
+    new_place = jax.tree.map(
+        lambda x, o, v, c, t: x + on * (c * o + t * v), place, offsets, velocity, turns.shortening, turns.drift
+    )
+    new_velocity = jax.tree.map(
+        lambda o, v, c, s: v + on * (c * v - s * o), offsets, velocity, turns.shortening, turns.spring
+    )
+    return new_place, new_velocity
 
 
 def _fold(walls: Walls, d: PyTree, v: PyTree, time: Array) -> tuple[PyTree, PyTree, Bool[Array, ""]]:
@@ -171,12 +197,13 @@ def _fold(walls: Walls, d: PyTree, v: PyTree, time: Array) -> tuple[PyTree, PyTr
     return mirrored, turned, jax.tree.reduce(jnp.logical_and, held)
 
 
-def _reflect(ensemble: Ensemble, d: PyTree, v: PyTree, slope: PyTree, masses: PyTree) -> PyTree:
+def _reflect(ensemble: Ensemble, metric: Metric, d: PyTree, v: PyTree, slope: PyTree, masses: PyTree) -> PyTree:
     """Mirror the velocity about the normal of the wall: the cost's gradient, or the ball's radius outside the ball."""
     normal = slope
     if ensemble.frame.ball is not None:
         supported = ensemble.frame.supports(d)
-        normal = jax.tree.map(lambda g, x, c: jnp.where(supported, g, x + c), slope, d, ensemble.frame.ball.centre)
+        radius = metric.turned(jax.tree.map(jnp.add, d, ensemble.frame.ball.centre))
+        normal = jax.tree.map(lambda g, r: jnp.where(supported, g, r), slope, radius)
     length = _sum(jax.tree.map(lambda n, m: jnp.sum(n * n / m), normal, masses))
     along = _sum(jax.tree.map(lambda v, n: jnp.sum(v * n), v, normal))
     factor = 2.0 * along / jnp.where(length > 0.0, length, 1.0)
@@ -192,7 +219,7 @@ def _quadratic_gain(ensemble: Ensemble, a: Array, before: PyTree, after: PyTree)
 
 def _kinetic_gain(masses: PyTree, before: PyTree, after: PyTree) -> Array:
     gains = jax.tree.map(
-        lambda m, x, y: wide(m) * 0.5 * jnp.sum((wide(y) - wide(x)) * (wide(y) + wide(x))), masses, before, after
+        lambda m, x, y: 0.5 * jnp.sum(wide(m) * (wide(y) - wide(x)) * (wide(y) + wide(x))), masses, before, after
     )
     return _sum(gains)
 

@@ -1,8 +1,9 @@
 r"""From what a pilot saw to a ladder of ensembles: where the rungs stand, how long chains stay, how they move there.
 
 With x = log a the work of a step −dx is (−X + ½ p B) dx: X = ½ a|δ|² is the slope of U and B = δ·∇U − D the effect of
-stretching δ by the p-th part of what a free direction needs. Its variance V at the best p and the cost n of an
-independent draw set the density of rungs: dissipation ½∫V/ρ and cost ∫nρ are balanced by ρ ∝ √(V/n).
+stretching δ by the p-th part of what a free direction needs. Its variance V at the best p, its memory τ in visits and
+the cost n of a visit set the density of rungs: dissipation ½∫Vτ/ρ and cost ∫nρ are balanced by ρ ∝ √(Vτ/n).
+The part of it that fresh scatter makes leaves Bennett's ratio without bias, so memory gets a larger weight.
 """
 
 import dataclasses
@@ -18,13 +19,15 @@ Vector = NDArray[np.float64]
 
 _MOST_RUNGS = 400
 _MEMORY = 3.0
-"""How much denser the rungs are where chains settle slowly."""
-_UNCERTAIN = 0.5
-"""e-folds over which steps are spread where the pilot's chains had not settled."""
+"""What remembered work counts against fresh scatter: both widen the bound, but only the first sets the passes apart."""
+_LONGEST_MEMORY = 20.0
+"""Visits, at most, over which chains are taken to remember."""
 _RELEASE = 1.0
 """Energy that a step up the ladder may put into a chain, in standard deviations of its own."""
 _SETTLING = 0.4
 """Length of the trajectories at one precision: only the cost has to settle, by its stiff directions."""
+_DIRECT = 6
+"""Lags from which on autocorrelations are summed rather than extrapolated from the first."""
 _LARGEST_STEP = 0.7
 """In x: beyond that a ladder is guesswork."""
 _LARGEST_WORK = 2.0
@@ -37,57 +40,41 @@ class Survey:
 
     Attributes:
         x: log precision, shape (stops,).
-        slope: X = ½ a|δ|² of each chain, shape (stops, chains).
-        stretching: B = δ·∇U − D of each chain.
-        leaf_variance: mean square of each leaf's δ about the chains' mean pull, shape (stops, leaves).
+        slope: X = ½ a|δ|² of each chain at each visit, for each stop an array of shape (visits, chains).
+        stretching: B = δ·∇U − D, likewise.
+        leaf_variance: mean square of each leaf's δ, shape (stops, leaves).
         step_size: step that gave the wanted acceptance.
         spread: over how many e-folds steps have to be spread so that no chain is stuck.
         confined: λ(x) = β(E C − C(θ0)), nats.
-        ceiling: variance of X where the cost is not felt.
         beta: inverse temperature of the κ ladder.
         natural_beta: where E C is the cutoff.
         anchor_cost: C(θ0).
-        share_below: best share p of chains that had settled at the last stop: those on the way down lag behind.
-        step_below: step size that they needed.
         least_spread: e-folds over which steps are spread at least.
         ends_flat: whether the ladder ends at a = 0.
     """
 
     x: Vector
-    slope: Vector
-    stretching: Vector
+    slope: list[Vector]
+    stretching: list[Vector]
     leaf_variance: Vector
     step_size: Vector
     spread: Vector
     confined: Vector
-    ceiling: Vector
     beta: float
     natural_beta: float
     anchor_cost: float
-    share_below: float
-    step_below: float
     least_spread: float
     ends_flat: bool
 
     @property
-    def bent(self) -> Vector:
-        """From 0 to 1: how far chains on their way down are from where they would settle, for the region bends."""
-        return np.clip((np.clip(self.confined / max(self.confined[-1], 1e-9), 0.0, 1.0) - 0.7) / 0.2, 0.0, 1.0)
-
-    @property
-    def safe_step(self) -> Vector:
-        """Largest step at each stop, for settled chains too."""
-        return self.step_size * min(self.step_below / self.step_size[-1], 1.0) ** self.bent
-
-    @property
-    def safe_spread(self) -> Vector:
-        """Over how many e-folds steps are spread; some always where the right step is uncertain."""
-        return np.maximum(self.spread, np.maximum(_UNCERTAIN * self.bent, self.least_spread))
+    def spreads(self) -> Vector:
+        """Over how many e-folds steps are spread."""
+        return np.maximum(self.spread, self.least_spread)
 
     @property
     def typical_step(self) -> Vector:
         """The median of the steps drawn."""
-        return self.safe_step * np.exp(-0.5 * self.safe_spread)
+        return self.step_size * np.exp(-0.5 * self.spreads)
 
 
 def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: float, overhead: float = 0.0) -> Rung:
@@ -100,7 +87,7 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
         escort: largest share p of a free direction's stretch that the maps may take, between 0 and 1.
         overhead: what a visit costs besides its trajectories, in gradients.
     """
-    share, variance = _smooth_work(survey, escort)
+    share, variance, memory = _smooth_work(survey, escort)
     lengths = trajectory_length(survey.confined, survey.confined[-1])
     steps = np.clip(np.ceil(lengths / survey.typical_step), 2, most_steps)
     high, low = survey.x[0], survey.x[-1]
@@ -109,13 +96,12 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
     def on_grid(values: Vector) -> Vector:
         return np.interp(-grid, -survey.x, values)
 
-    v, n = np.exp(on_grid(np.log(variance))), np.exp(on_grid(np.log(steps)))
+    v, n, tau = (np.exp(on_grid(np.log(values))) for values in (variance, steps, memory))
     floor = np.maximum(np.sqrt(v) / _LARGEST_WORK, 1.0 / _LARGEST_STEP)
     # On the way up a step puts (1 − p) X dx nats into the chain, which must not carry it through the wall.
-    put_in = (1.0 - on_grid(share)) * on_grid(np.mean(survey.slope, axis=1))
+    put_in = (1.0 - on_grid(share)) * on_grid(np.array([np.mean(slope) for slope in survey.slope]))
     floor = np.maximum(floor, put_in / (_RELEASE * np.sqrt(on_grid(survey.confined)) + 3.0))
-    # Where the region bends, memory lasts for several trajectories.
-    ideal = np.sqrt(v / n) * (1.0 + _MEMORY * on_grid(survey.bent))
+    ideal = np.sqrt(v * (1.0 + _MEMORY * (tau - 1.0)) / n)
     width = (high - low) / (len(grid) - 1)
 
     def spent(scale: float) -> float:
@@ -141,7 +127,7 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
         precision, x = np.append(precision, 0.0), np.append(x, x[-1])
         stretch = np.append(stretch, 0.0)
     masses = np.stack([np.interp(-x, -survey.x, -np.log(column)) for column in survey.leaf_variance.T], axis=1)
-    step_size = np.exp(np.interp(-x, -survey.x, np.log(survey.safe_step)))
+    step_size = np.exp(np.interp(-x, -survey.x, np.log(survey.step_size)))
     steps_x = np.exp(np.interp(-x, -survey.x, np.log(steps)))
 
     def from_reference(values: Vector, first: float) -> Vector:
@@ -153,7 +139,7 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
         beta=from_reference(np.full(len(x), survey.beta), 0.0),
         masses=np.concatenate([np.exp(masses[:1]), np.exp(masses)]),
         step_size=from_reference(step_size, step_size[0]),
-        spread=from_reference(np.interp(-x, -survey.x, survey.safe_spread), 0.0),
+        spread=from_reference(np.interp(-x, -survey.x, survey.spreads), 0.0),
         num_steps=from_reference(np.asarray(np.round(steps_x), np.float64), 2.0).astype(np.int32),
         num_moves=from_reference(np.full(len(x), float(moves)), 0.0).astype(np.int32),
         stretch=from_reference(stretch, 0.0),
@@ -178,7 +164,8 @@ def temperature_ladder(survey: Survey, *, decades: float, most_steps: int, budge
     )  # fmt: skip
     above, below = (max(int(np.ceil((a - b) / gap)), 1) for a, b in ((top, middle), (middle, bottom)))
     log_beta = np.concatenate([np.linspace(top, middle, above + 1), np.linspace(middle, bottom, below + 1)[1:]])
-    step_size = survey.typical_step[-1] * np.exp(0.5 * (middle - np.maximum(log_beta, middle)))
+    # The metric grows with β, so that the step need not shrink.
+    step_size = np.full(len(log_beta), survey.typical_step[-1])
     # Only the cost has to settle here, which takes a fraction of a period of the soft directions.
     count = len(log_beta)
     affordable = int(np.clip(budget / count, 8, most_steps))
@@ -189,8 +176,8 @@ def temperature_ladder(survey: Survey, *, decades: float, most_steps: int, budge
         precision=np.full(count, precision),
         beta=np.exp(log_beta),
         masses=np.repeat(1.0 / survey.leaf_variance[-1:], count, axis=0),
-        step_size=step_size * np.exp(0.5 * survey.safe_spread[-1]),
-        spread=np.full(count, survey.safe_spread[-1]),
+        step_size=step_size * np.exp(0.5 * survey.spreads[-1]),
+        spread=np.full(count, survey.spreads[-1]),
         num_steps=steps.astype(np.int32),
         num_moves=np.full(count, moves, np.int32),
         stretch=np.zeros(count),
@@ -200,26 +187,44 @@ def temperature_ladder(survey: Survey, *, decades: float, most_steps: int, budge
 def trajectory_length(confined: Vector, last: float) -> Vector:
     """Return how long trajectories are, in units of the free directions' angular period over 2π.
 
-    A quarter period where the ensemble is nearly Gaussian, up to two and a half quarters where the region's bends make
-    it softer than the prior: on the digits network the slowest modes then lose most of their memory in one trajectory.
+    A quarter period where the ensemble is nearly Gaussian, up to three and a half quarters where the region's bends
+    make it softer than the prior: on the digits network the slowest modes then lose most of their memory in one
+    trajectory.
     """
-    return np.asarray(0.5 * np.pi * (1.0 + 1.5 * np.clip(np.asarray(confined) / max(last, 1.0), 0.0, 1.0)))
+    share = np.clip(np.asarray(confined) / max(last, 1.0), 0.0, 1.0)
+    return np.asarray(0.5 * np.pi * (1.0 + 2.5 * share**4))
 
 
-def _smooth_work(survey: Survey, escort: float) -> tuple[Vector, Vector]:
-    """Return the best share p at each stop and the variance of the work per unit of x there, over neighbours."""
+def _smooth_work(survey: Survey, escort: float) -> tuple[Vector, Vector, Vector]:
+    """Return at each stop the best share p, the variance of the work per unit of x, and its memory in visits.
+
+    Moments are taken about the mean over chains, so that drift does not count, and their median over neighbouring stops;
+    the last stop, where the chains stay longest, speaks for itself and has the longest memory that is believed.
+    """
     stops = len(survey.x)
-    centred = [v - v.mean(axis=1, keepdims=True) for v in (survey.slope, survey.stretching)]
-    xx, xb, bb = (
-        np.mean(a * b, axis=1)
-        for a, b in ((centred[0], centred[0]), (centred[0], centred[1]), (centred[1], centred[1]))
-    )
-    share, variance = np.zeros(stops), np.zeros(stops)
+    x, b = (
+        [v - v.mean(axis=1, keepdims=True) for v in values] for values in (survey.slope, survey.stretching)
+    )  # fmt: skip
+    share, variance, memory = np.zeros(stops), np.zeros(stops), np.ones(stops)
     for i in range(stops):
-        near = slice(max(i - 2, 0), i + 3)
-        sxx, sxb, sbb = np.mean(xx[near]), np.mean(xb[near]), np.mean(bb[near])
-        p = float(np.clip(2.0 * sxb / sbb, 0.0, escort)) if sbb > 0.0 else 0.0
-        p += survey.bent[i] * min(min(survey.share_below, escort) - p, 0.0)
-        share[i] = p
-        variance[i] = float(np.clip(sxx - p * sxb + 0.25 * p * p * sbb, 1e-6, survey.ceiling[i]))
-    return share, variance
+        near = range(max(i - 2, 0), min(i + 3, stops)) if i < stops - 1 else [i]
+        xb, bb = (np.median([np.mean(u[j] * b[j]) for j in near]) for u in (x, b))
+        share[i] = float(np.clip(2.0 * xb / bb, 0.0, escort)) if bb > 0.0 else 0.0
+        works = [x[j] - 0.5 * share[i] * b[j] for j in near]
+        chains = works[0].shape[1]
+        variance[i] = max(float(np.median([np.mean(w**2) for w in works])) * chains / max(chains - 1, 1), 1e-6)
+        memory[i] = _memory(works)
+    return share, variance, np.minimum(memory, memory[-1])
+
+
+def _memory(works: list[Vector]) -> float:
+    """Return 1 + 2 Σ autocorrelation over visits: summed where there are many, else a geometric series."""
+    variance = np.mean([np.mean(w**2) for w in works])
+    longest = min(len(w) for w in works) - 1
+    if longest < 1 or variance <= 0.0:
+        return 1.0
+    kept = [np.mean([np.mean(w[k:] * w[:-k]) for w in works]) / variance for k in range(1, max(longest // 2, 1) + 1)]
+    if longest < 2 * _DIRECT:
+        return float(np.clip((1.0 + kept[0]) / max(1.0 - kept[0], 1e-3), 1.0, _LONGEST_MEMORY))
+    gone = next((k for k, r in enumerate(kept) if r < 0.05), len(kept))
+    return float(np.clip(1.0 + 2.0 * np.sum(kept[:gone]), 1.0, _LONGEST_MEMORY))

@@ -11,21 +11,28 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from volumejax import tree
-from volumejax.annealing import Record, begin, pad, travel
+from volumejax.annealing import Record, begin, pad, slopes, travel
 from volumejax.ensemble import Ensemble, Position, Rung
 from volumejax.ladder import Survey, trajectory_length
+from volumejax.metric import Metric, fit_metric, plain_metric
 
 __all__ = ["Pilot", "fly"]
 
-_TARGET = 0.8
+_TARGET = 0.75
 """Acceptance that the step sizes are tuned to."""
 _WORK = 3.0
 """Standard deviation of the work between two stops, in nats."""
 _MOST_STEPS = 120
 _MARGIN = 3.5
 """By how many standard deviations the mean energy of the κ ladder lies below the cutoff."""
-_SETTLING_VISITS = 12
-"""Rounds in which β is settled at the end of the way down."""
+_DOWN, _THERE = 0.25, 0.3
+"""Shares of the budget for the way down and for the stay at its end; the rest is for the way up."""
+_LEAST_SETTLING, _MOST_SETTLING = 12, 64
+"""Visits at the end of the way down, in which β and the metric settle."""
+_LEAST_VISITS, _MOST_VISITS, _LAG = 4, 24, 1.5
+"""Visits to each stop on the way up, and the standard errors of B from which on chains count as lagging behind."""
+_RECENT, _MOST_NUMBERS = 12, 20_000_000
+"""Visits on the way down whose slopes make the metric, and how many numbers are kept for it at most."""
 _LEAST_MARGIN = 3.0
 """And by how many nats at least: with few confined directions the energy has an exponential tail."""
 _CHEAP, _CHEAP_SPREAD = 1000, 2.5
@@ -38,6 +45,7 @@ class Pilot(NamedTuple):
     """What the pilot leaves behind."""
 
     survey: Survey
+    metric: Metric
     ends: Position
     """Where its chains stood at the end of the way down: starts for the heating pass, independent of the main run."""
     gradients: int
@@ -56,10 +64,6 @@ class _Gait:
         spread = self.spread + (0.5 if stuck > 0.1 and mean > 0.5 else -0.1)
         step = self.step * np.exp((0.7 if mean > 0.3 else 1.5) * (mean - _TARGET))
         return _Gait(float(np.clip(step, 1e-7, 1.2)), float(np.clip(spread, 0.0, 5.0)))
-
-    def slower(self, log_factor: float) -> "_Gait":
-        """Return the gait with steps longer by that log factor."""
-        return _Gait(float(np.clip(self.step * np.exp(log_factor), 1e-7, 1.2)), self.spread)
 
 
 @dataclasses.dataclass
@@ -84,47 +88,60 @@ def fly(
     mesh: Mesh | None,
     on_progress: Callable[[float], None],
 ) -> Pilot:
-    """Run the pilot.
+    """Run the pilot: down to the prior's own stiffness, there until β and the metric have settled, and back up.
 
     Raises:
         ValueError: an improper prior over an unbounded region.
     """
     flight = _Flight(ensemble, key, chains, anchor_cost, batch_size, mesh)
     room = float(ensemble.cutoff) - anchor_cost
-    scouts = _descend(flight, room, beta_factor, 0.4 * budget, on_progress)
-    last = scouts[-1]
-    beta, natural, share_below, settled = flight.settle_beta(last, room, beta_factor)
+    scouts = _descend(flight, room, beta_factor, _DOWN * budget, on_progress)
+    beta, natural, settled = flight.settle_beta(scouts[-1], room, beta_factor, (_DOWN + _THERE) * budget)
     if ensemble.frame.stiffness == 0.0:
-        flight.require_bounded(last, beta)
+        flight.require_bounded(settled, beta)
     ends = flight.positions
-    on_progress(0.6)
+    on_progress(_DOWN + _THERE)
     top = flight.reference_precision(beta)
-    plan = _plan(scouts, top)
-    stops: list[_Stop] = []
-    gait, share = _Gait(0.5), 1.0
-    first = np.full(len(scouts[0].variance), np.exp(-top))
-    for i, x in enumerate(plan):
-        if stops:
-            flight.stretch(0.5 * share * (stops[-1].x - x))
-        confined = 0.0 if not stops else flight.confined(beta, stops[-1].record)
-        variance = first if not stops else stops[-1].variance * np.exp(min(0.5 * (stops[-1].x - x), 0.2))
-        gait = gait.slower(-0.25 * (stops[-1].x - x)) if stops else gait
-        gait, record = flight.settle_gait(x, beta, gait, variance, confined, most=2 if stops else 5)
-        stops.append(_Stop(x, beta, gait, _variances(ensemble, record), record))
-        share = _rate(ensemble, record, x, beta)[1]
-        on_progress(0.6 + 0.4 * (i + 1) / len(plan))
-    return Pilot(
-        _survey(ensemble, stops, beta, natural, anchor_cost, share_below, settled.step), ends, flight.gradients
-    )
+    flight.positions = ends
+    stops = _ascend(flight, _plan(scouts, top), beta, settled, budget, on_progress)
+    return Pilot(_survey(ensemble, stops, beta, natural, anchor_cost), flight.metric, ends, flight.gradients)
 
 
 def _plan(scouts: list[_Stop], top: float) -> list[float]:
-    """Return where the second descent stops: far apart while the cost confines little, close together below."""
+    """Return where the way up stops, rising: close together where the cost confines, far apart above."""
     bottom, felt = scouts[-1].x, [stop.x for stop in scouts if stop.confined > 5.0]
-    bend = max(felt) if felt else bottom
-    wide = np.linspace(top, min(bend, top), max(int(np.ceil((top - bend) / 0.5)), 1) + 1)
-    close = np.linspace(min(bend, top), bottom, max(int(np.ceil((min(bend, top) - bottom) / 0.2)), 1) + 1)
-    return sorted({round(float(x), 9) for x in (*wide, *close)}, reverse=True)
+    bend = min(max(felt), top) if felt else bottom
+    wide = np.linspace(top, bend, max(int(np.ceil((top - bend) / 0.5)), 1) + 1)
+    # Closest at the end, where the region may bend.
+    close = bottom + (bend - bottom) * np.linspace(1.0, 0.0, max(int(np.ceil((bend - bottom) / 0.2)), 1) + 1) ** 2
+    return sorted({round(float(x), 9) for x in (*wide, *close)})
+
+
+def _ascend(
+    flight: "_Flight", plan: list[float], beta: float, settled: _Stop, budget: float,
+    on_progress: Callable[[float], None],
+) -> list[_Stop]:  # fmt: skip
+    """Go back up, with a few visits to each stop, and return the stops in the order of falling x."""
+    ensemble, latest = flight.ensemble, settled
+    stops = [settled]
+    for i, x in enumerate(plan[1:], start=1):
+        rise = x - latest.x
+        flight.stretch(-0.5 * _rate(ensemble, latest.record, latest.x, beta)[1] * rise)
+        variance = latest.variance * np.exp(-rise)
+        confined = flight.confined(beta, latest.record)
+        gait, records = latest.gait, []
+        # B has no mean where the chains have settled, or a negative one behind a wall; they lag while it is positive.
+        while len(records) < _LEAST_VISITS or (
+            len(records) < _MOST_VISITS and _lags(ensemble, _joined(records[-_LEAST_VISITS:]), x, beta)
+        ):
+            records.append(flight.visit(x, beta, gait, variance, confined))
+            gait = gait.adapted(records[-1], flight.stuck)
+        record = _joined(records[-_LEAST_VISITS:])
+        latest = _Stop(x, beta, gait, _variances(ensemble, record), record)
+        stops.append(latest)
+        share = _DOWN + _THERE
+        on_progress(share + (1.0 - share) * (i + 1) / len(plan))
+    return stops[::-1]
 
 
 def _target(energy: float, room: float, factor: float) -> float:
@@ -145,9 +162,10 @@ def _descend(
     while True:
         confined = 0.0 if not stops else flight.confined(beta, stops[-1].record)
         gait, record = flight.settle_gait(x, beta, gait, variance, confined, most=2 if stops else 5)
+        flight.learn(x, beta, keep=_RECENT)
         variance = _variances(ensemble, record)
         stops.append(_Stop(x, beta, gait, variance, record, flight.confined(beta, record)))
-        on_progress(min(0.5, flight.gradients / budget))
+        on_progress(_DOWN * min(1.0, flight.gradients / budget))
         if (stiff and x <= 0.0) or (not stiff and np.mean(0.5 * np.exp(x) * record.square[-1]) < 0.02):
             return stops
         # A fifth more than is confined here, since the next stop confines more.
@@ -159,7 +177,6 @@ def _descend(
             width = max(width, min(x * flight.last_cost / left, 0.5))
         following = max(x - width, 0.0) if stiff else x - width
         flight.stretch(0.5 * share * (x - following))
-        gait = gait.slower(-0.25 * (x - following))
         variance = variance * np.exp(min(0.5 * (x - following), 0.2))
         x = following
 
@@ -174,6 +191,8 @@ class _Flight:
         self.ensemble, self.key, self.batch_size, self.anchor_cost = ensemble, key, batch_size, anchor_cost
         self.chains, self.mesh = jnp.arange(chains, dtype=jnp.int32), mesh
         self.visits, self.gradients, self.last_cost = 0, 0, 1
+        self.metric = plain_metric(ensemble.frame.anchor, turns=ensemble.frame.walls is None)
+        self.slopes: list[tuple[float, list[np.ndarray]]] = []
         self.positions: Position
         self.pending = 0.0
         self.memory = np.ones(len(self.chains))
@@ -235,7 +254,7 @@ class _Flight:
         )
         self.pending = 0.0
         self.positions, record = travel(
-            self.ensemble, self.key, self.positions, pad(rung), [0, 1, 1], self.visits, self.batch_size
+            self.ensemble, self.metric, self.key, self.positions, pad(rung), [0, 1, 1], self.visits, self.batch_size
         )
         self.visits += 2
         self.last_cost = int(rung.gradients[1])
@@ -243,6 +262,17 @@ class _Flight:
         self.memory = 0.6 * self.memory + 0.4 * record.acceptance[-1]
         self.revive()
         return Record(*(part[1:] for part in record))
+
+    def learn(self, x: float, beta: float, *, keep: int) -> None:
+        """Fit the metric to the slopes where the chains stand now and stood at the visits before, `keep` at most."""
+        here = slopes(self.ensemble, self.positions, self.batch_size)
+        self.gradients += 1
+        self.slopes.append((beta, [np.asarray(leaf) for leaf in here]))
+        room = int(max(_MOST_NUMBERS // (self.ensemble.dimension * len(self.chains)), 2))
+        self.slopes = self.slopes[-min(keep, room) :]
+        together = [np.concatenate(parts) for parts in zip(*(leaves for _, leaves in self.slopes), strict=True)]
+        betas = np.repeat([beta for beta, _ in self.slopes], len(self.chains))
+        self.metric = fit_metric(together, betas, float(np.exp(x)), turns=self.ensemble.frame.walls is None)
 
     def confined(self, beta: float, record: Record) -> float:
         """Return λ = β(E C − C0)."""
@@ -275,40 +305,60 @@ class _Flight:
             "vj.Gaussian, vj.UniformBox or vj.UniformBall"
         )
 
-    def settle_beta(self, stop: _Stop, room: float, factor: float) -> tuple[float, float, float, _Gait]:
-        """Return β of the κ ladder, the natural β, the best share of stretch and the gait, from moves at the last stop.
+    def settle_beta(self, stop: _Stop, room: float, factor: float, until: float) -> tuple[float, float, _Stop]:
+        """Return β of the κ ladder, the natural β and the last stop as the chains see it once they have settled there.
 
         λ = β(E C − C0) hardly depends on β. Changes of β are cut into small ones: trajectories after a sudden one would
         swing through the wall.
+
+        Args:
+            stop: where the descent ended.
+            room: the cutoff less the cost at the anchor.
+            factor: multiplies β.
+            until: gradients spent in all when to stop.
         """
-        beta, gait = stop.beta, stop.gait
+        beta, gait, variance = stop.beta, stop.gait, stop.variance
         energies: list[float] = []
-        for _ in range(_SETTLING_VISITS):
-            gait, record = self.settle_gait(stop.x, beta, gait, stop.variance, 1e9, most=1)
+        records: list[Record] = []
+        while len(energies) < _LEAST_SETTLING or (len(energies) < _MOST_SETTLING and self.gradients < until):
+            gait, record = self.settle_gait(stop.x, beta, gait, variance, 1e9, most=1)
+            records.append(record)
+            self.learn(stop.x, beta, keep=_MOST_SETTLING)
+            variance = _variances(self.ensemble, record)
             energies.append(max(self.confined(beta, record), 0.1))
-            wanted = _target(float(np.mean(energies[-3:])), room, factor)
+            wanted = _target(float(np.mean(energies[-_LEAST_SETTLING // 2 :])), room, factor)
             beta *= float(np.exp(np.clip(np.log(wanted / beta), -0.15, 0.15)))
-        share = _rate(self.ensemble, record, stop.x, beta)[1]
-        return beta, float(np.mean(energies[-3:])) / room, share, gait
+        natural = float(np.mean(energies[-_LEAST_SETTLING // 2 :])) / room
+        return beta, natural, _Stop(stop.x, beta, gait, variance, _joined(records[-len(records) // 2 :]))
 
 
 def _variances(ensemble: Ensemble, record: Record) -> np.ndarray:
     """Return each leaf's mean square of δ, never zero."""
     sizes = np.array([max(x.size, 1) for x in jax.tree.leaves(ensemble.frame.anchor)])
-    squares = record.leaf_squares[-1].mean(axis=0) / sizes
+    squares = record.leaf_squares.mean(axis=(0, 1)) / sizes
     return np.maximum(squares, 1e-12 * squares.max() + 1e-300)
 
 
 def _parts(ensemble: Ensemble, record: Record, x: float, beta: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return X and B of each visit and chain."""
     a = np.exp(x)
-    square = record.square[-1]
-    stretching = beta * record.virial[-1] + a * square + record.pulled[-1] - tree.size(ensemble.frame.anchor)
-    return 0.5 * a * square, stretching
+    stretching = beta * record.virial + a * record.square + record.pulled - tree.size(ensemble.frame.anchor)
+    return 0.5 * a * record.square, stretching
+
+
+def _joined(records: list[Record]) -> Record:
+    return Record(*(np.concatenate(parts) for parts in zip(*records, strict=True)))
+
+
+def _lags(ensemble: Ensemble, record: Record, x: float, beta: float) -> bool:
+    stretching = _parts(ensemble, record, x, beta)[1].ravel()
+    return bool(np.mean(stretching) > _LAG * np.std(stretching) / np.sqrt(len(stretching)))
 
 
 def _rate(ensemble: Ensemble, record: Record, x: float, beta: float) -> tuple[float, float]:
     """Return the standard deviation of the work per unit of x at the best stretch, and that share."""
     slope, stretching = _parts(ensemble, record, x, beta)
+    slope, stretching = slope.ravel(), stretching.ravel()
     good = np.isfinite(stretching)
     if good.sum() < 3:
         return 1.0, 0.0
@@ -318,39 +368,21 @@ def _rate(ensemble: Ensemble, record: Record, x: float, beta: float) -> tuple[fl
     return float(np.std(slope - 0.5 * share * stretching, ddof=1)), share
 
 
-def _free_variance(ensemble: Ensemble, x: np.ndarray) -> np.ndarray:
-    """Return the variance of ½ a|δ|² where the cost is not felt; settled ensembles of smooth costs hardly exceed it."""
-    with jax.enable_x64(True):
-        pull = ensemble.frame.pull
-        square = 0.0 if pull is None else float(tree.dot(pull, pull))
-    return 0.5 * tree.size(ensemble.frame.anchor) + square * np.exp(-x)
-
-
 def _survey(
-    ensemble: Ensemble,
-    stops: list[_Stop],
-    beta: float,
-    natural: float,
-    anchor_cost: float,
-    share_below: float,
-    step_below: float,
-) -> Survey:
+    ensemble: Ensemble, stops: list[_Stop], beta: float, natural: float, anchor_cost: float
+) -> Survey:  # fmt: skip
     parts = [_parts(ensemble, stop.record, stop.x, beta) for stop in stops]
-    confined = np.array([max(beta * (float(np.mean(stop.record.cost)) - anchor_cost), 0.0) for stop in stops])
     return Survey(
         x=np.array([stop.x for stop in stops]),
-        slope=np.stack([part[0] for part in parts]),
-        stretching=np.nan_to_num(np.stack([part[1] for part in parts])),
+        slope=[slope for slope, _ in parts],
+        stretching=[np.nan_to_num(stretching) for _, stretching in parts],
         leaf_variance=np.stack([stop.variance for stop in stops]),
         step_size=np.array([stop.gait.step for stop in stops]),
         spread=np.array([stop.gait.spread for stop in stops]),
-        confined=confined,
-        ceiling=_free_variance(ensemble, np.array([stop.x for stop in stops])),
+        confined=np.array([max(beta * (float(np.mean(stop.record.cost)) - anchor_cost), 0.0) for stop in stops]),
         beta=beta,
         natural_beta=natural,
         anchor_cost=anchor_cost,
-        share_below=share_below,
-        step_below=step_below,
         least_spread=_CHEAP_SPREAD if tree.size(ensemble.frame.anchor) < _CHEAP else 0.0,
         ends_flat=ensemble.frame.stiffness == 0.0,
     )

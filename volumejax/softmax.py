@@ -30,26 +30,26 @@ def divergence(logits: Logits, anchor_logits: Logits, labels: Labels | None) -> 
 
 @jax.custom_jvp
 def _divergence(logits: Logits, anchor_logits: Logits) -> Nats:
+    return _divergence_and_slope(logits, anchor_logits)[0]
+
+
+@_divergence.defjvp
+def _divergence_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    """The derivative by the logits is p − p0: far cheaper than going back through the series."""
+    value, slope = _divergence_and_slope(*primals)
+    return value, jnp.sum(slope * tangents[0], axis=-1)
+
+
+def _divergence_and_slope(logits: Array, anchor_logits: Array) -> tuple[Array, Array]:
     log_p0, log_p, log_ratio = _log_ratio(logits, anchor_logits)
-    p0, absent = jnp.exp(log_p0), jnp.isneginf(log_p0)
+    p0, p, absent = jnp.exp(log_p0), jnp.exp(log_p), jnp.isneginf(log_p0)
     log_ratio = jnp.where(absent, 0.0, log_ratio)
     near = (jnp.abs(log_ratio) < 0.5) & ~absent
     series = _expm1_excess_series(jnp.where(near, log_ratio, 0.0))
     # Away from 0 the sum is p − p0 − p0·d: p0·e^d could overflow, and exp is several times faster than expm1.
-    return jnp.sum(jnp.where(near, p0 * series, jnp.exp(log_p) - p0 * (1.0 + log_ratio)), axis=-1)
-
-
-@_divergence.defjvp
-def _divergence_slope(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    """The derivative by the logits is p − p0: far cheaper than going back through the series."""
-    logits, anchor_logits = primals
-    p0 = jax.nn.softmax(anchor_logits)
-    log_ratio = _log_ratio(logits, anchor_logits)[2]
-    near = (jnp.abs(log_ratio) < 0.5) & (p0 > 0.0)
+    value = jnp.sum(jnp.where(near, p0 * series, p - p0 * (1.0 + log_ratio)), axis=-1)
     # p0·(e^d − 1) keeps the digits of a small difference; the series is the one of the value.
-    excess = _expm1_excess_series(jnp.where(near, log_ratio, 0.0))
-    slope = jnp.where(near, p0 * (log_ratio + excess), jax.nn.softmax(logits) - p0)
-    return _divergence(logits, anchor_logits), jnp.sum(slope * tangents[0], axis=-1)
+    return value, jnp.where(near, p0 * (log_ratio + series), p - p0)
 
 
 def label_gap(logits: Logits, anchor_logits: Logits, labels: Labels) -> Nats:

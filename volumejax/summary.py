@@ -19,8 +19,10 @@ _GROUPS = 16
 """Groups of chains that the jackknife leaves out in turn."""
 _ROUNDING = 1e-9
 """Error of sums in float64, per dimension and nat."""
-_SMALL, _SHARE = 0.5, 0.005
-"""A run is not mixed where the passes add more than this to the error: nats, or a share of |log mass|."""
+_SMALL, _SHARE = 1.7, 0.017
+"""A run is not mixed where the passes differ, beyond chance, by more than this: nats, or a share of |log mass|."""
+_LAG = 6.0
+"""Standard deviations between the passes: what is lost on the way down and gained on the way up nearly cancels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,7 @@ def summarise(
     """Reduce what is there: a bound while the chains cool, an estimate from one pass, in the end from both.
 
     The standard error joins a jackknife over groups of chains, which covers autocorrelation, with the part of the
-    hysteresis that chance does not explain, as if the truth were uniform between the two passes.
+    hysteresis that chance does not explain, as if the two passes lay three standard deviations to either side.
     """
     weights = tally.bound_weights(np.asarray(costs), float(tally.kappa.beta[-1])) if _cooled_once(tally) else None
     finished = bool(tally.final_costs)
@@ -87,8 +89,9 @@ def summarise(
     statistical = float(_jackknife(np.array([sums.log_mass for sums in without])))
     chance = float(_jackknife(np.array(differences)))
     gap = cooling - heating
-    systematic = float(np.sqrt(max(gap**2 - (2.0 * chance) ** 2, 0.0) / 12.0)) if np.isfinite(gap) else np.inf
-    mixed = systematic <= max(_SMALL, _SHARE * abs(whole.log_mass)) and trace.least_acceptance > 0.02
+    lag = float(np.sqrt(max(gap**2 - (2.0 * chance) ** 2, 0.0))) if np.isfinite(gap) else np.inf
+    systematic = lag / _LAG
+    mixed = lag <= max(_SMALL, _SHARE * abs(whole.log_mass)) and trace.least_acceptance > 0.02
     curve_errors = _jackknife(np.stack([sums.curve for sums in without]))
     energy_errors = _jackknife(np.stack([sums.energies for sums in without]))
     trace = _trace(tally, plan, (whole, energy_errors), gradients, progress)

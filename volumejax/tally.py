@@ -109,7 +109,6 @@ class Tally:
         kappa_differences = acceptance_ratio(
             _rows(down)[:-1], _rows(up)[1:], None if near is None else near.kappa_differences
         )
-        log_end = self.log_reference - float(np.sum(kappa_differences))
         count = len(self.temperature.beta)
         of_rung: list[list[dict[str, Vector]]] = [[] for _ in range(count)]
         for which, rung, seen in self.temperature_seen:
@@ -126,10 +125,13 @@ class Tally:
             return np.stack([np.pad(row, (0, longest - len(row)), constant_values=np.nan) for row in rows])
 
         beta_differences = acceptance_ratio(table("work_down")[:-1], table("work_up")[1:])
-        # Outwards from the joint rung, so that what a pass did not visit spoils nothing else.
-        colder = np.cumsum(beta_differences[: self.joint][::-1])[::-1]
-        warmer = -np.cumsum(beta_differences[self.joint :])
-        log_z = log_end + np.concatenate([colder, [0.0], warmer])
+        # Outwards from the joint rung, so that what a pass did not visit spoils nothing else. Where one pass has no
+        # finite work at all, a difference is infinite, and what comes after it may be unknown.
+        with np.errstate(invalid="ignore"):
+            log_end = self.log_reference - float(np.sum(kappa_differences))
+            colder = np.cumsum(beta_differences[: self.joint][::-1])[::-1]
+            warmer = -np.cumsum(beta_differences[self.joint :])
+            log_z = log_end + np.concatenate([colder, [0.0], warmer])
         costs, reaches = table("cost"), table("reach")
         counts = np.sum(~np.isnan(costs), axis=1).astype(float)
         present = ~np.isnan(costs)

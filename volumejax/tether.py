@@ -28,6 +28,7 @@ from volumejax.annealing import MOST_VISITS, Record, begin, pad, travel
 from volumejax.ensemble import TRAJECTORIES, Ensemble, Position, Rung
 from volumejax.frames import frame_of
 from volumejax.ladder import kappa_ladder, temperature_ladder
+from volumejax.metric import Metric
 from volumejax.parallel import num_devices, require_threefry
 from volumejax.pilot import Pilot, fly
 from volumejax.regions import Connected, Star
@@ -41,10 +42,10 @@ __all__ = ["tether_stream", "tether_volume"]
 Cost = Callable[[PyTree], Float[Array, ""]]
 OnProgress = Callable[[str, float], None]
 
-_GRADIENTS = 50_000
-"""Gradients per chain at effort 1 for D ≥ 4,810; up to ten times as many for smaller problems, where they cost
+_GRADIENTS = 120_000
+"""Gradients per chain at effort 1 for D ≥ 4,810; up to five times as many for smaller problems, where they cost
 little."""
-_PILOT, _KAPPA, _TEMPERATURE = 0.15, 0.35, 0.06
+_PILOT, _KAPPA, _TEMPERATURE = 0.13, 0.38, 0.03
 """Shares of them for the pilot, each pass down or up the κ ladder, and the temperatures."""
 _MOST_STEPS = 500
 _FORWARDS = 3
@@ -88,9 +89,9 @@ def tether_volume(
         prior: `Gaussian`, `UniformBox`, `UniformBall` or `Lebesgue`.
         cutoff: ε in nats, positive.
         region: `Connected()` or `Star()`.
-        effort: scales the number of gradients, fixed beforehand: 1 means 50,000 per chain, ten times as many for small
+        effort: scales the number of gradients, fixed beforehand: 1 means 120,000 per chain, five times as many for small
             problems. The error falls like its root, the bias of slow modes like its inverse.
-        num_chains: chains of each pass; None chooses between 8 and 64 by D.
+        num_chains: chains of each pass; None chooses between 4 and 64 by D.
         beta_factor: multiplies the automatic inverse temperature; the answer does not depend on it.
         escort: largest share of a free direction's stretch that the maps between levels may take, 0 for plain weights.
         decades: how far below `cutoff` the curve reaches, in powers of ten.
@@ -218,14 +219,14 @@ def tether_stream(
             region=region,
             callers_x64=bool(jax.config.read("jax_enable_x64")),
         )
-    chains = int(np.clip(40_000 // dimension, 8, 64)) if num_chains is None else num_chains
+    chains = int(np.clip(20_000 // dimension, 4, 64)) if num_chains is None else num_chains
     devices = num_devices(mesh)
     chains = -(-chains // devices) * devices
     run = _Run(
         ensemble=ensemble,
         key=key,
         chains=chains,
-        budget=_GRADIENTS * effort * float(np.clip(4810 / dimension, 1.0, 10.0)),
+        budget=_GRADIENTS * effort * float(np.clip(4810 / dimension, 1.0, 4.0)),
         anchor_cost=float(jax.jit(lambda p: cost(p))(params)),
         prior_term=float(prior.anchor_term(params)),
         proper=bool(prior.proper),
@@ -266,10 +267,12 @@ class _Run:
     batch_size: int | None
     mesh: Mesh | None
     on_progress: OnProgress
+    metric: Metric = dataclasses.field(init=False)
 
     def stream(self) -> Iterator[VolumeEstimate]:
         ensemble, cutoff = self.ensemble, float(self.ensemble.cutoff)
         pilot = self._fly()
+        self.metric = pilot.metric
         kappa = kappa_ladder(
             pilot.survey,
             budget=_KAPPA * self.budget,
@@ -371,7 +374,9 @@ class _Run:
         while done < visits:
             began = time.perf_counter()
             route = leg.route[done : done + count + 1]
-            positions, record = travel(self.ensemble, key, positions, leg.table, route, done, self.batch_size)
+            positions, record = travel(
+                self.ensemble, self.metric, key, positions, leg.table, route, done, self.batch_size
+            )
             leg.enter(route[:-1], record)
             done += len(route) - 1
             spent += int(np.sum(leg.table.gradients[route[:-1]]))

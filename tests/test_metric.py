@@ -1,0 +1,108 @@
+"""Metrics from gradients of Gaussians whose curvature is planted.
+
+Mutations these catch: Qᵀ for Q on either side, the tether's share left in the curvature, β² for β, curvatures of the
+wrong basis, masses for inverse masses in the unit of time, noise taken for structure.
+"""
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from volumejax.metric import fit_metric, plain_metric
+
+ROWS, COLUMNS, SAMPLES = 5, 4, 4000
+BETA, PRECISION = 50.0, 2.0
+
+
+def orthogonal(rng, side):
+    return np.linalg.qr(rng.normal(size=(side, side)))[0]
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """Slopes of C = ½ Σ h z² at settled positions, with z the coordinates in a hidden Kronecker basis."""
+    rng = np.random.default_rng(0)
+    p, q = orthogonal(rng, ROWS), orthogonal(rng, COLUMNS)
+    h = np.outer(np.logspace(2, -2, ROWS), np.logspace(1, -1, COLUMNS))
+    z = rng.normal(size=(SAMPLES, ROWS, COLUMNS)) / np.sqrt(PRECISION + BETA * h)
+    slopes = np.einsum("ia,nab,jb->nij", p, h * z, q).astype(np.float32)
+    return p, q, h, slopes
+
+
+def test_a_hidden_basis_is_found(planted):
+    p, q, h, slopes = planted
+    metric = fit_metric([slopes], np.full(SAMPLES, BETA), PRECISION, turns=True)
+    # Columns come in the order of rising moments, which is that of h from behind.
+    found = np.asarray(metric.curvature[0])[::-1, ::-1]
+    np.testing.assert_allclose(found, h, rtol=0.15, atol=2e-3)
+    for have, want in ((metric.left[0], p), (metric.right[0], q)):
+        np.testing.assert_allclose(np.abs(want.T @ np.asarray(have)[:, ::-1]), np.eye(len(want)), atol=0.1)
+
+
+def test_turning_and_restoring_cancel(planted):
+    *_, slopes = planted
+    metric = fit_metric([slopes], np.full(SAMPLES, BETA), PRECISION, turns=True)
+    there = metric.turned([jnp.asarray(slopes[0])])
+    np.testing.assert_allclose(metric.restored(there)[0], slopes[0], atol=1e-5 * np.abs(slopes[0]).max())
+    expected = np.asarray(metric.left[0]).T @ slopes[0] @ np.asarray(metric.right[0])
+    np.testing.assert_allclose(there[0], expected, rtol=1e-4, atol=1e-5 * np.abs(slopes[0]).max())
+
+
+def test_without_turns_the_axes_stay(planted):
+    *_, slopes = planted
+    metric = fit_metric([slopes], np.full(SAMPLES, BETA), PRECISION, turns=False)
+    assert metric.left == metric.right == [None]
+    assert metric.turned([slopes[0]])[0] is slopes[0]
+    # The diagonal is that of the mean curvature in the parameters' own axes, up to what the tether hides.
+    assert np.all(metric.curvature[0] > 0.0)
+
+
+@pytest.mark.parametrize("samples", [12, 200])
+def test_equal_curvatures_stay_nearly_equal(samples):
+    slopes = np.random.default_rng(1).normal(size=(samples, 300)).astype(np.float32)
+    curvature = np.asarray(fit_metric([slopes], np.ones(samples), 1.0, turns=True).curvature[0])
+    assert np.std(curvature) < 0.15 * np.mean(curvature)
+
+
+def test_the_unit_of_time_is_the_width_that_was_seen():
+    """Σ 1/m over all leaves is Σ 1/stiffness, however the curvatures are spread."""
+    params = {"a": jnp.zeros((3, 2)), "b": jnp.zeros(7)}
+    rng = np.random.default_rng(2)
+    slopes = [rng.normal(size=(50, 3, 2)).astype(np.float32), 10.0 * rng.normal(size=(50, 7)).astype(np.float32)]
+    metric = fit_metric(slopes, np.full(50, 3.0), 1.0, turns=True)
+    stiffness = jnp.array([0.5, 4.0], jnp.float32)
+    at = lambda beta: metric.masses(stiffness, jnp.float32(1.0), jnp.float32(beta), params)
+    masses = at(3.0)
+    assert masses["a"].shape == (3, 2) and masses["b"].shape == (7,)
+    inverse = sum(float(jnp.sum(1.0 / m)) for m in masses.values())
+    assert inverse == pytest.approx(6 / 0.5 + 7 / 4.0, rel=1e-4)
+    # Where β is higher all are heavier, the stiff ones in proportion.
+    ratio = np.asarray(at(300.0)["b"] / masses["b"])
+    assert np.all(ratio > 50.0) and np.all(ratio < 100.0)
+
+
+def test_the_plain_metric_has_the_structure_of_a_fitted_one():
+    params = {"a": jnp.zeros((3, 2)), "b": jnp.zeros(7), "c": jnp.zeros(()), "d": jnp.zeros((600, 2)), "e": jnp.zeros(40)}
+    slopes = [np.ones((20, *x.shape), np.float32) for x in params.values()]
+    fitted, plain = fit_metric(slopes, np.ones(20), 1.0, turns=True), plain_metric(params, turns=True)
+    assert jax.tree.structure(fitted) == jax.tree.structure(plain)
+    assert [x.shape for x in jax.tree.leaves(fitted)] == [x.shape for x in jax.tree.leaves(plain)]
+    assert plain.left[3] is None and plain.right[4] is None and plain.right[1] is not None
+    masses = plain.masses(jnp.full(5, 2.0), jnp.float32(3.0), jnp.float32(1.0), params)
+    assert all(np.allclose(m, 2.0) for m in masses.values())
+
+
+@hypothesis.given(
+    rows=st.integers(1, 4), columns=st.integers(1, 4), samples=st.integers(1, 30), scale=st.sampled_from([0.0, 1e-6, 1e6]),
+    broken=st.booleans(),
+)  # fmt: skip
+def test_any_slopes_give_finite_positive_masses(rows, columns, samples, scale, broken):
+    slopes = scale * np.random.default_rng(3).normal(size=(samples, rows, columns)).astype(np.float32)
+    if broken:
+        slopes[0, 0, 0] = np.nan
+    metric = fit_metric([slopes], np.full(samples, 7.0), 1.0, turns=True)
+    (masses,) = metric.masses(jnp.ones(1), jnp.float32(1.0), jnp.float32(7.0), [jnp.zeros((rows, columns))])
+    assert np.all(np.isfinite(masses)) and np.all(np.asarray(masses) > 0.0)

@@ -1,0 +1,160 @@
+r"""The metric of the moves: for each leaf an orthogonal change of basis and the mean curvature of the cost in it.
+
+A settled ensemble obeys E[∇U ∇Uᵀ] = E[∇²U], so second moments of gradients are mean curvatures. For a matrix leaf the
+eigenvectors of E[G Gᵀ] and E[Gᵀ G] are a basis in which they are nearly diagonal, and which stays good far from the
+anchor: it follows the data's covariance more than the weights. Coordinates then have the mass
+
+.. math:: m_i \propto a + \beta c_i .
+
+References: Gupta, Koren & Singer 2018 (Shampoo) for the two factors; Vyas et al. 2024 (SOAP) for the diagonal in their
+basis; Girolami & Calderhead 2011 for curvature as the metric of Hamiltonian moves.
+"""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+from numpy.typing import NDArray
+
+__all__ = ["Metric", "fit_metric", "plain_metric"]
+
+_LARGEST_SIDE = 512
+"""Sides of a matrix up to this length are rotated; a longer one would cost more than the gradient."""
+_LARGEST_VECTOR, _PER_AXIS = 32, 10
+"""And vectors up to that one: eigenvectors take ten samples an axis."""
+_FLOOR = 0.1
+"""Share of a leaf's own stiffness, as its spread tells it, that every coordinate has at least."""
+_CORRELATED = 2.0
+"""Successive gradients of one chain count for this many times fewer."""
+
+
+class Metric(eqx.Module):
+    """Per-leaf bases and curvatures, in the order of the leaves of the parameters."""
+
+    left: list[Float[Array, "rows rows"] | None]
+    right: list[Float[Array, "columns columns"] | None]
+    curvature: list[Float[Array, "..."]]
+    """Mean of the second derivatives of C in the whitened, turned coordinates; leaves' shapes, float32."""
+    beta: Float[Array, ""]
+    """β at which it was fitted, float32."""
+
+    def turned(self, vector: PyTree) -> PyTree:
+        """Return the coordinates of `vector` in the bases of its leaves."""
+        return self._apply(vector, transpose=True)
+
+    def restored(self, vector: PyTree) -> PyTree:
+        """Return the vector that has these coordinates."""
+        return self._apply(vector, transpose=False)
+
+    def masses(self, stiffness: Float[Array, "leaves"], precision: Array, beta: Array, like: PyTree) -> PyTree:
+        """Return each coordinate's mass, ∝ a + βc and such that Σ 1/m at `self.beta` is the whole mean square of δ.
+
+        The factor is the same for all leaves and only sets the unit of time: where the region is wider than its mean
+        curvature says, trajectories have further to go.
+
+        Args:
+            stiffness: one over the mean square of a leaf's coordinates.
+            precision: a.
+            beta: β.
+            like: gives the structure.
+        """
+        least = [precision + _FLOOR * stiffness[leaf] for leaf in range(len(self.curvature))]
+        widths = [jnp.sum(1.0 / (b + self.beta * c)) for b, c in zip(least, self.curvature, strict=True)]
+        seen = [c.size / stiffness[leaf] for leaf, c in enumerate(self.curvature)]
+        unit = sum(widths) / sum(seen)
+        masses = [unit * (b + beta * c) for b, c in zip(least, self.curvature, strict=True)]
+        return jax.tree.unflatten(jax.tree.structure(like), masses)
+
+    def _apply(self, vector: PyTree, *, transpose: bool) -> PyTree:
+        leaves, treedef = jax.tree.flatten(vector)
+        return jax.tree.unflatten(
+            treedef,
+            [_turn(x, p, q, transpose) for x, p, q in zip(leaves, self.left, self.right, strict=True)],
+        )
+
+
+def plain_metric(params: PyTree, *, turns: bool) -> Metric:
+    """Return the metric that knows only the leaves' scales, with the same structure as a fitted one."""
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(params)]
+    sides = [_sides(shape) for shape in shapes]
+    return Metric(
+        left=[_eye(rows, columns) if turns else None for rows, columns in sides],
+        right=[_eye(columns, rows) if turns else None for rows, columns in sides],
+        curvature=[jnp.zeros(shape, jnp.float32) for shape in shapes],
+        beta=jnp.float32(1.0),
+    )
+
+
+def fit_metric(slopes: list[NDArray[np.float32]], betas: NDArray, precision: float, *, turns: bool) -> Metric:
+    """Fit the metric to gradients of C in whitened coordinates.
+
+    Args:
+        slopes: for each leaf an array of shape (samples, *leaf).
+        betas: inverse temperature at which each sample was taken, shape (samples,).
+        precision: a where they were taken.
+        turns: False keeps the parameters' own basis, as the walls of a box demand.
+    """
+    left: list[Array | None] = []
+    right: list[Array | None] = []
+    curvature = []
+    for slope in slopes:
+        shape = slope.shape[1:]
+        grids = np.nan_to_num(slope, posinf=0.0, neginf=0.0).reshape(len(slope), *_sides(shape))
+        grids = grids * np.sqrt(betas)[:, None, None].astype(np.float32)
+        p = _basis(grids) if turns else None
+        q = _basis(np.swapaxes(grids, 1, 2)) if turns else None
+        grids = grids if p is None else np.einsum("ia,nij->naj", p, grids, optimize=True)
+        grids = grids if q is None else grids @ q
+        # The force has the second moment (βh)²/(a + βh) along a direction of curvature h that is settled at a.
+        beta = float(np.mean(betas))
+        force = beta * np.mean(np.square(grids), axis=0)
+        felt = 0.5 * (force + np.sqrt(force * (force + 4.0 * precision))) / beta
+        curvature.append(jnp.asarray(_shrunk(felt, len(slope)).reshape(shape), jnp.float32))
+        left.append(None if p is None else jnp.asarray(p, jnp.float32))
+        right.append(None if q is None else jnp.asarray(q, jnp.float32))
+    return Metric(left, right, curvature, jnp.float32(np.mean(betas)))
+
+
+def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return a leaf's rows and columns: all axes but the last, and the last."""
+    return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
+
+
+def _is_turned(side: int, other: int) -> bool:
+    return 1 < side <= (_LARGEST_SIDE if other > 1 else _LARGEST_VECTOR)
+
+
+def _eye(side: int, other: int) -> Array | None:
+    return jnp.eye(side, dtype=jnp.float32) if _is_turned(side, other) else None
+
+
+def _basis(grids: NDArray) -> NDArray[np.float64] | None:
+    """Return the eigenvectors of E[G Gᵀ], the parameters' own basis where samples are few, None where none is kept."""
+    samples, side, other = grids.shape
+    if not _is_turned(side, other):
+        return None
+    if samples * other < _PER_AXIS * side:
+        return np.eye(side)
+    flat = np.moveaxis(grids, 1, 0).reshape(side, -1)
+    return np.linalg.eigh((flat @ flat.T).astype(np.float64))[1]
+
+
+def _shrunk(curvature: NDArray, samples: int) -> NDArray:
+    """Draw a leaf's curvatures towards their mean as far as the scatter of that many samples explains their spread."""
+    mean, spread = float(np.mean(curvature)), float(np.var(curvature))
+    noise = 2.0 * _CORRELATED * float(np.mean(np.square(curvature))) / samples
+    trust = max(1.0 - noise / spread, 0.0) if spread > 0.0 else 0.0
+    return mean + trust * (curvature - mean)
+
+
+def _turn(x: Array, p: Array | None, q: Array | None, transpose: bool) -> Array:
+    grid = x if p is None and q is None else x.reshape(-1, x.shape[-1])
+    highest = jax.lax.Precision.HIGHEST
+    if p is not None:
+        grid = jnp.matmul(p.T if transpose else p, grid, precision=highest)
+    if q is not None:
+        grid = jnp.matmul(grid, q if transpose else q.T, precision=highest)
+    return grid.reshape(x.shape)
