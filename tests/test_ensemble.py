@@ -142,7 +142,8 @@ def test_the_star_sees_a_barrier_on_the_way_and_the_connected_region_does_not():
     star, connected = (ensemble_of(barrier, Gaussian(1.0), anchor, 0.5, region) for region in (Star(8), Connected()))
     for ensemble, blocked in ((star, True), (connected, False)):
         beyond, free = position_at(ensemble, point), position_at(ensemble, aside)
-        assert np.isclose(float(beyond.cost), 0.01, rtol=1e-4)
+        guide = np.mean([float(barrier(t * point)) for t in ensemble.guides])
+        assert np.isclose(float(beyond.cost), guide, rtol=1e-4)
         assert np.isclose(float(beyond.reach), 1.0025 if blocked else 0.01, rtol=1e-4)
         assert bool(ensemble.permits(beyond.reach, point)) is not blocked
         assert np.isclose(float(free.reach), 0.01, rtol=1e-4) and ensemble.permits(free.reach, aside)
@@ -150,6 +151,21 @@ def test_the_star_sees_a_barrier_on_the_way_and_the_connected_region_does_not():
     same, start = (number(1.0), number(1.0)), jnp.array([0.3, 0.0])
     works = [float(carry(e, position_at(e, start), number(np.log(3.0)), same, same)[1]) for e in (star, connected)]
     assert works[0] == np.inf and np.isfinite(works[1])
+
+
+def test_the_guide_of_the_star_is_the_mean_cost_at_two_points():
+    steep = lambda x: jnp.sum(x**4)
+    star, connected = (
+        ensemble_of(steep, Gaussian(2.0), jnp.zeros(2), 0.5, region) for region in (Star(8), Connected())
+    )
+    point = jnp.array([1.0, -0.5])
+    ratio = 0.5 * (1.0 + 0.7**4)
+    value, slope = star.value_and_slope(point)
+    own, own_slope = connected.value_and_slope(point)
+    assert np.isclose(float(star.value(point)), float(value), rtol=1e-6)
+    assert np.isclose(float(value), ratio * float(own), rtol=1e-6)
+    np.testing.assert_allclose(slope, ratio * own_slope, rtol=1e-6)
+    assert np.isclose(float(connected.value(point)), float(own), rtol=1e-6)
 
 
 def test_the_reach_includes_the_point_itself():

@@ -31,6 +31,7 @@ def survey_of(spread_of_slope, *, covariance=0.0, bottom=0.0, step_size=0.3, con
         leaf_variance=np.stack([np.exp(-x), 0.01 * np.exp(-x)], axis=1),
         step_size=np.full(STOPS, step_size),
         spread=np.full(STOPS, 0.4),
+        inside=np.ones(STOPS),
         confined=np.full(STOPS, confined),
         beta=500.0,
         natural_beta=200.0,
@@ -137,6 +138,12 @@ def test_the_stretch_is_the_best_one_up_to_the_escort(covariance, escort, share)
 def test_a_stretch_that_does_harm_is_not_taken():
     rungs = kappa(survey_of(1.0, covariance=-0.5))
     assert np.all(rungs.stretch == 0.0)
+
+
+def test_nothing_is_stretched_where_the_wall_is_near():
+    survey = survey_of(1.0, covariance=0.3)
+    free, crowded = (kappa(dataclasses.replace(survey, inside=np.full(STOPS, share))) for share in (0.98, 0.85))
+    assert np.all(free.stretch[1:-1] > 0.0) and np.all(crowded.stretch == 0.0)
 
 
 def test_masses_are_one_over_the_variances():

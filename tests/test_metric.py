@@ -55,7 +55,8 @@ def test_without_turns_the_axes_stay(planted):
     *_, slopes = planted
     metric = fit_metric([slopes], np.full(SAMPLES, BETA), PRECISION, turns=False)
     assert metric.left == metric.right == [None]
-    assert metric.turned([slopes[0]])[0] is slopes[0]
+    there = jnp.asarray(slopes[0])
+    assert metric.turned([there])[0] is there
     # The diagonal is that of the mean curvature in the parameters' own axes, up to what the tether hides.
     assert np.all(metric.curvature[0] > 0.0)
 

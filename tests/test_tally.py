@@ -90,24 +90,38 @@ def mass_by_hand(costs, betas, log_z, cutoff):
     return np.log(np.sum(weights[costs + 0.05 <= cutoff]))
 
 
+def energies_by_hand(costs, betas, log_z):
+    """λ̂ and heat capacity of the reach, which is the cost and 0.05 more, from the samples of all rungs."""
+    weights = 1 / np.sum(costs.shape[1] * np.exp(-betas * costs[..., None] - log_z), axis=-1)
+    rise = costs + 0.05 - ANCHOR_COST
+    shares = weights * np.exp(-betas[:, None, None] * rise)
+    shares /= shares.sum(axis=(1, 2), keepdims=True)
+    means = np.sum(shares * rise, axis=(1, 2))
+    squares = np.sum(shares * rise**2, axis=(1, 2))
+    return betas * means, betas**2 * (squares - means**2)
+
+
+LOG_Z = REFERENCE - np.sum(KAPPA_STEPS) + np.array([-2.75, -1.25, 0.0, 1.0, 1.75])
+
+
 def test_sums_by_hand(whole):
     tally, costs = whole
     both = np.concatenate([costs[COOLING], costs[HEATING]], axis=1)
     sums = tally.sums(CUTOFFS, 0.5, chains=EVERYONE)
     np.testing.assert_allclose(sums.kappa_differences, KAPPA_STEPS, atol=1e-9)
     np.testing.assert_allclose(sums.beta_differences, BETA_STEPS, atol=1e-9)
-    log_z = REFERENCE - np.sum(KAPPA_STEPS) + np.array([-2.75, -1.25, 0.0, 1.0, 1.75])
-    assert abs(sums.log_mass - mass_by_hand(both, BETAS, log_z, 0.5)) < 1e-9
-    np.testing.assert_allclose(sums.curve, [mass_by_hand(both, BETAS, log_z, c) for c in CUTOFFS], atol=1e-9)
-    np.testing.assert_allclose(sums.energies, BETAS * (both.mean(1) - ANCHOR_COST), rtol=1e-12)
-    np.testing.assert_allclose(sums.heat_capacities, BETAS**2 * both.var(1, ddof=1), rtol=1e-12)
+    assert abs(sums.log_mass - mass_by_hand(both, BETAS, LOG_Z, 0.5)) < 1e-9
+    np.testing.assert_allclose(sums.curve, [mass_by_hand(both, BETAS, LOG_Z, c) for c in CUTOFFS], atol=1e-9)
+    energies, heat_capacities = energies_by_hand(both, BETAS, LOG_Z)
+    np.testing.assert_allclose(sums.energies, energies, rtol=1e-9)
+    np.testing.assert_allclose(sums.heat_capacities, heat_capacities, rtol=1e-9)
 
 
 @pytest.mark.parametrize("which", [COOLING, HEATING])
 def test_one_pass_alone(whole, which):
     tally, costs = whole
     sums = tally.sums(CUTOFFS, 0.5, chains=EVERYONE, passes=(which,))
-    np.testing.assert_allclose(sums.energies, BETAS * (costs[which].mean(1) - ANCHOR_COST), rtol=1e-12)
+    np.testing.assert_allclose(sums.energies, energies_by_hand(costs[which], BETAS, LOG_Z)[0], rtol=1e-9)
     np.testing.assert_allclose(sums.kappa_differences, KAPPA_STEPS, atol=1e-9)
 
 
@@ -116,7 +130,7 @@ def test_some_chains_alone(whole):
     kept = np.array([0, 3, 4])
     both = np.concatenate([costs[COOLING][:, kept], costs[HEATING][:, kept]], axis=1)
     sums = tally.sums(CUTOFFS, 0.5, chains=kept)
-    np.testing.assert_allclose(sums.energies, BETAS * (both.mean(1) - ANCHOR_COST), rtol=1e-12)
+    np.testing.assert_allclose(sums.energies, energies_by_hand(both, BETAS, LOG_Z)[0], rtol=1e-9)
 
 
 def test_the_sign_of_the_tether_and_of_the_temperature(whole):

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from volumejax import tree
-from volumejax.ensemble import SHORT, TRAJECTORIES, Ensemble, Position, Rung
+from volumejax.ensemble import PACES, SHORT, TRAJECTORIES, Ensemble, Position, Rung
 from volumejax.kernels import hmc
 from volumejax.metric import Metric
 from volumejax.parallel import spread
@@ -44,9 +44,11 @@ class Record(NamedTuple):
     work_up: np.ndarray
     """Work of the inverse map to the rung before."""
     acceptance: np.ndarray
+    """Mean Metropolis probability of the long trajectories."""
     inside: np.ndarray
-    """Share of trajectories that the region allowed."""
+    """Share of them that the region allowed."""
     bounces: np.ndarray
+    """Steps outside for each move, and likewise of the next."""
     non_finite: np.ndarray
     permitted: np.ndarray
     """Whether the chain stands inside the region; one that was drawn outside never does."""
@@ -136,13 +138,16 @@ def _visit_one(
             share = 0.5 + jax.random.uniform(jax.random.fold_in(key, m), (), jnp.float32)
         share = share * jnp.where(m % TRAJECTORIES == 0, jnp.float32(1.0), jnp.float32(1.0 / SHORT))
         steps = jnp.maximum(jnp.round(share * rung.num_steps), 1.0).astype(jnp.int32)
-        position, info = step(move_key, position, steps)
-        seen = (info.acceptance, info.inside, info.bounces, info.non_finite)
+        pace = jnp.asarray(PACES, jnp.float32)[m % TRAJECTORIES]
+        position, info = step(move_key, position, steps, pace)
+        # Nearly all short trajectories are taken: the steps are to be judged by the long ones.
+        judged = (m % TRAJECTORIES == 0).astype(jnp.float64)
+        seen = (judged * info.acceptance, judged * info.inside, info.bounces, info.non_finite)
         return position, sums + jnp.stack([x.astype(jnp.float64) for x in seen])
 
     moves = TRAJECTORIES * jnp.asarray(rung.num_moves, jnp.int32)
     position, sums = jax.lax.fori_loop(jnp.int32(0), moves, move, (position, jnp.zeros(4, jnp.float64)))
-    sums = sums / jnp.maximum(moves, 1)
+    sums = sums / jnp.maximum(jnp.asarray(rung.num_moves), 1)
 
     before = jnp.maximum(here - 1, 0)
     stretches = jnp.stack([rung.stretch, -table.stretch[before]])

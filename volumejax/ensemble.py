@@ -1,9 +1,10 @@
 r"""The tethered, tempered ensemble around the anchor, in whitened coordinates.
 
-.. math:: p(\delta) \propto \exp(-U),\quad U = \beta C(\theta_0 + s\delta) + \tfrac12 a|\delta|^2 + b\cdot\delta
+.. math:: p(\delta) \propto \exp(-U),\quad U = \beta E(\delta) + \tfrac12 a|\delta|^2 + b\cdot\delta
           \quad\text{inside the region and the prior's support}
 
-a is the prior's stiffness plus the tether κ. Nothing here knows what a network is.
+The guide E is the cost C(θ0 + s·δ) itself. For the star it is the mean of C at δ and at 0.7·δ: the segment to the anchor
+bulges out of a curved valley, and chains that feel only their own cost end their trajectories behind its wall. a is the prior's stiffness plus the tether κ. Nothing here knows what a network is.
 """
 
 from collections.abc import Callable
@@ -20,10 +21,15 @@ from volumejax.frames import Frame
 from volumejax.regions import Connected, Star
 from volumejax.tree import wide
 
-__all__ = ["SHORT", "TRAJECTORIES", "Ensemble", "Position", "Rung"]
+__all__ = ["PACES", "SHORT", "TRAJECTORIES", "Ensemble", "Position", "Rung"]
 
-TRAJECTORIES, SHORT = 3, 32
-"""Trajectories of one move, and how much shorter all but the first are."""
+TRAJECTORIES, SHORT, PACES = 3, 32, (1.0, 0.3, 0.1)
+"""Trajectories of one move, by how much fewer steps all but the first have, and the share of the step size that each
+takes: where a chain is held in a place much narrower than most, only the small ones move it."""
+
+
+_BULGE = 0.7
+"""Where segments that leave the region do so first: on the digits network between 0.6 and 0.85."""
 
 
 class Position(eqx.Module):
@@ -32,7 +38,7 @@ class Position(eqx.Module):
     displacement: PyTree
     """δ, float32."""
     cost: Float[Array, ""]
-    """C, float64 nats."""
+    """The guide E, float64 nats; C itself but for the star."""
     reach: Float[Array, ""]
     """The largest cost on the checked segment from the anchor (star), or C itself; float64 nats."""
     virial: Float[Array, ""]
@@ -78,19 +84,40 @@ class Ensemble(eqx.Module):
         return tree.size(self.frame.anchor)
 
     def value(self, displacement: PyTree) -> Float[Array, ""]:
-        """Return C(θ0 + s·δ) as float64."""
-        with jax.enable_x64(self.callers_x64):
-            cost = self.cost(self.frame.params(displacement))
-        with jax.enable_x64(True):
-            return wide(cost)
+        """Return the guide E as float64: C(θ0 + s·δ), or for the star its mean with C where segments bulge most."""
+        return self._guide(displacement)[0]
 
     def value_and_slope(self, displacement: PyTree) -> tuple[Float[Array, ""], PyTree]:
-        """Return C as float64 and its gradient in δ as float32."""
-        with jax.enable_x64(self.callers_x64):
-            cost, slope = jax.value_and_grad(self.cost)(self.frame.params(displacement))
-            slope = jax.tree.map(lambda g, s: g.astype(jnp.float32) * s, slope, self.frame.scale)
+        """Return E as float64 and its gradient in δ as float32."""
+        along = jnp.asarray(self.guides, jnp.float32)
+
+        def one(t: Array) -> tuple[Array, PyTree]:
+            with jax.enable_x64(self.callers_x64):
+                point = self.frame.params(jax.tree.map(lambda d: t * d, displacement))
+                cost, slope = jax.value_and_grad(self.cost)(point)
+                return cost, jax.tree.map(lambda g, s: t * (g.astype(jnp.float32) * s), slope, self.frame.scale)
+
+        costs, slopes = jax.vmap(one)(along) if len(self.guides) > 1 else one(jnp.float32(1.0))
         with jax.enable_x64(True):
-            return wide(cost), slope
+            mean = jnp.mean(wide(costs))
+        return mean, jax.tree.map(lambda g: jnp.mean(g, axis=0), slopes) if len(self.guides) > 1 else slopes
+
+    @property
+    def guides(self) -> tuple[float, ...]:
+        """Fractions of the segment from the anchor at which the cost holds the chains back."""
+        return (1.0, _BULGE) if isinstance(self.region, Star) else (1.0,)
+
+    def _guide(self, displacement: PyTree) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Return E and C."""
+        costs = [self._cost_at(displacement, t) for t in self.guides]
+        with jax.enable_x64(True):
+            return jnp.mean(jnp.stack(costs)), costs[0]
+
+    def _cost_at(self, displacement: PyTree, t: Any) -> Float[Array, ""]:
+        with jax.enable_x64(self.callers_x64):
+            cost = self.cost(self.frame.params(jax.tree.map(lambda d: t * d, displacement)))
+        with jax.enable_x64(True):
+            return wide(cost)
 
     def permits(self, cost: Float[Array, ""], displacement: PyTree) -> Bool[Array, ""]:
         """Return whether a point of this cost may belong to the region; NaN and infinity may not."""
@@ -100,20 +127,20 @@ class Ensemble(eqx.Module):
     @property
     def checks(self) -> int:
         """Evaluations beside the trajectory itself that its end costs."""
-        return self.region.num_checks - 1 if isinstance(self.region, Star) else 0
+        return self.region.num_checks if isinstance(self.region, Star) else 0
 
     def reach(self, displacement: PyTree, cost: Float[Array, ""]) -> Float[Array, ""]:
-        """Return the largest cost at the checked points between the anchor and δ, δ included; +inf for NaN."""
+        """Return the largest cost at the checked points between the anchor and δ, δ included; +inf for NaN.
+
+        Args:
+            displacement: δ.
+            cost: E there.
+        """
         with jax.enable_x64(True):
             top = cost
             if isinstance(self.region, Star):
-                checks = self.region.num_checks
-                fractions = jnp.arange(1, checks, dtype=jnp.float32) / checks
-
-                def along(t: Array) -> Array:
-                    return self.value(jax.tree.map(lambda d: t * d, displacement))
-
-                top = jnp.maximum(jnp.max(jax.lax.map(along, fractions), initial=-jnp.inf), cost)
+                fractions = jnp.arange(1, self.checks + 1, dtype=jnp.float32) / self.checks
+                top = jnp.max(jax.lax.map(lambda t: self._cost_at(displacement, t), fractions))
             return jnp.where(jnp.isnan(top), jnp.inf, top)
 
     def potential(self, position: Position, precision: Array, beta: Array) -> Float[Array, ""]:
@@ -141,12 +168,12 @@ class Ensemble(eqx.Module):
             log_factor = jnp.log(wide(factor))
             d = position.displacement
             moved = jax.tree.map(lambda x: factor * x, d)
-            cost = self.value(moved)
+            cost, own = self._guide(moved)
             # The image lies on the same ray: unless it is far out, all of its segment but the end has been looked at.
-            seen = jnp.maximum(position.reach, cost)
-            reach = seen
+            reach = jnp.where(jnp.isnan(own), jnp.inf, own)
             if self.checks:
-                is_far = factor > 1.0 + 1.0 / (self.checks + 1)
+                seen = jnp.maximum(position.reach, reach)
+                is_far = factor > 1.0 + 1.0 / self.checks
                 reach = jax.lax.cond(is_far, lambda: self.reach(moved, cost), lambda: seen)
             image = Position(moved, cost, reach, position.virial)
             square, pulled = tree.dot(d, d), self.frame.pulled(d)

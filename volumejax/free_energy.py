@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logsumexp
 
-__all__ = ["acceptance_ratio", "log_total_mass", "overlap"]
+__all__ = ["acceptance_ratio", "log_mixture", "log_total_mass", "overlap"]
 
 Vector = NDArray[np.float64]
 _ROUNDS = 48
@@ -65,6 +65,14 @@ def overlap(forward: Vector, backward: Vector, difference: Vector) -> Vector:
     return 0.5 * (mean(forward - d) + mean(backward + d))
 
 
+def log_mixture(costs: Vector, betas: Vector, counts: Vector, log_z: Vector) -> Vector:
+    """Return log Σ_k N_k exp(−β_k C − log Z_k) of each sample, shape (samples,): how densely all rungs cover it."""
+    used = (counts > 0) & np.isfinite(log_z)
+    if not used.any():
+        return np.full(len(costs), np.nan)
+    return np.asarray(logsumexp(np.log(counts[used]) - betas[used] * costs[:, None] - log_z[used], axis=1))
+
+
 def log_total_mass(
     costs: Vector, reaches: Vector, betas: Vector, counts: Vector, log_z: Vector, cutoffs: Vector
 ) -> Vector:
@@ -83,8 +91,7 @@ def log_total_mass(
 
     Reference: Shirts & Chodera, J. Chem. Phys. 129, 124105 (2008), with the normalisers given.
     """
-    used = (counts > 0) & np.isfinite(log_z)
-    log_density = np.asarray(logsumexp(np.log(counts[used]) - betas[used] * costs[:, None] - log_z[used], axis=1))
+    log_density = log_mixture(costs, betas, counts, log_z)
     order = np.argsort(reaches)
     log_cumulative = np.logaddexp.accumulate(-log_density[order])
     places = np.searchsorted(reaches[order], cutoffs, side="right")

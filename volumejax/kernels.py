@@ -58,12 +58,14 @@ class _Flight(eqx.Module):
 def hmc(
     ensemble: Ensemble, rung: Rung, metric: Metric
 ) -> tuple[Callable[[PyTree], Position], Callable[..., tuple[Position, MoveInfo]]]:
-    """Return `init(displacement) -> position` and `step(key, position[, num_steps]) -> (position, info)`.
+    """Return `init(displacement) -> position` and `step(key, position[, num_steps, pace]) -> (position, info)`.
 
     Args:
         ensemble: the target but for its parameters.
         rung: those parameters with masses, step size (float64) and number of steps; may be traced.
         metric: bases and curvatures; behind the walls of a box it may not turn.
+
+    `pace` multiplies the step size.
     """
 
     def init(displacement: PyTree) -> Position:
@@ -71,15 +73,17 @@ def hmc(
             cost = ensemble.value(displacement)
             return Position(displacement, cost, ensemble.reach(displacement, cost), jnp.full((), jnp.nan, jnp.float64))
 
-    def step(key: Key[Array, ""], position: Position, num_steps: Any = rung.num_steps) -> tuple[Position, MoveInfo]:
+    def step(
+        key: Key[Array, ""], position: Position, num_steps: Any = rung.num_steps, pace: Any = 1.0
+    ) -> tuple[Position, MoveInfo]:
         with jax.enable_x64(True):
-            return _trajectory(ensemble, rung, metric, key, position, num_steps)
+            return _trajectory(ensemble, rung, metric, key, position, num_steps, pace)
 
     return init, step
 
 
 def _trajectory(
-    ensemble: Ensemble, rung: Rung, metric: Metric, key: Array, start: Position, num_steps: Any
+    ensemble: Ensemble, rung: Rung, metric: Metric, key: Array, start: Position, num_steps: Any, pace: Any
 ) -> tuple[Position, MoveInfo]:
     a, beta = (jnp.asarray(x, jnp.float32) for x in (rung.precision, rung.beta))
     masses = metric.masses(rung.masses.astype(jnp.float32), a, beta, start.displacement)
@@ -88,7 +92,7 @@ def _trajectory(
         lot, jitter = jax.random.uniform(jax.random.fold_in(key, 0), (2,), jnp.float32)
         noise = tree.normal_like(jax.random.fold_in(key, 1), start.displacement)
         chance = jax.random.uniform(jax.random.fold_in(key, 2), (), jnp.float32)
-    h = rung.step_size.astype(jnp.float32) * (1.0 + JITTER * (2.0 * jitter - 1.0))
+    h = jnp.asarray(pace, jnp.float32) * rung.step_size.astype(jnp.float32) * (1.0 + JITTER * (2.0 * jitter - 1.0))
     h = h * jnp.exp(-lot * rung.spread.astype(jnp.float32))
     launch = jax.tree.map(lambda z, m: z / jnp.sqrt(m), noise, masses)
     num_steps = jnp.asarray(num_steps, jnp.int32)

@@ -18,6 +18,8 @@ __all__ = ["Survey", "kappa_ladder", "temperature_ladder"]
 Vector = NDArray[np.float64]
 
 _MOST_RUNGS = 400
+_CROWDED, _FREE = 0.9, 0.97
+"""Shares of trajectories inside, from which the maps stretch at all, and as much as they want to."""
 _MEMORY = 3.0
 """What remembered work counts against fresh scatter: both widen the bound, but only the first sets the passes apart."""
 _LONGEST_MEMORY = 20.0
@@ -45,9 +47,10 @@ class Survey:
         leaf_variance: mean square of each leaf's δ, shape (stops, leaves).
         step_size: step that gave the wanted acceptance.
         spread: over how many e-folds steps have to be spread so that no chain is stuck.
-        confined: λ(x) = β(E C − C(θ0)), nats.
+        inside: share of trajectories that the region allowed.
+        confined: λ(x) = β(E − C(θ0)), nats.
         beta: inverse temperature of the κ ladder.
-        natural_beta: where E C is the cutoff.
+        natural_beta: where the mean cost is the cutoff.
         anchor_cost: C(θ0).
         least_spread: e-folds over which steps are spread at least.
         ends_flat: whether the ladder ends at a = 0.
@@ -59,6 +62,7 @@ class Survey:
     leaf_variance: Vector
     step_size: Vector
     spread: Vector
+    inside: Vector
     confined: Vector
     beta: float
     natural_beta: float
@@ -207,9 +211,11 @@ def _smooth_work(survey: Survey, escort: float) -> tuple[Vector, Vector, Vector]
     )  # fmt: skip
     share, variance, memory = np.zeros(stops), np.zeros(stops), np.ones(stops)
     for i in range(stops):
-        near = range(max(i - 2, 0), min(i + 3, stops)) if i < stops - 1 else [i]
+        near = list(range(max(i - 2, 0), min(i + 3, stops))) if i < stops - 1 else [i]
         xb, bb = (np.median([np.mean(u[j] * b[j]) for j in near]) for u in (x, b))
         share[i] = float(np.clip(2.0 * xb / bb, 0.0, escort)) if bb > 0.0 else 0.0
+        # A map through the wall costs a chain its weight.
+        share[i] *= float(np.clip((np.mean(survey.inside[near]) - _CROWDED) / (_FREE - _CROWDED), 0.0, 1.0))
         works = [x[j] - 0.5 * share[i] * b[j] for j in near]
         chains = works[0].shape[1]
         variance[i] = max(float(np.median([np.mean(w**2) for w in works])) * chains / max(chains - 1, 1), 1e-6)

@@ -18,7 +18,7 @@ from volumejax.metric import Metric, fit_metric, plain_metric
 
 __all__ = ["Pilot", "fly"]
 
-_TARGET = 0.75
+_TARGET = 0.7
 """Acceptance that the step sizes are tuned to."""
 _WORK = 3.0
 """Standard deviation of the work between two stops, in nats."""
@@ -144,9 +144,9 @@ def _ascend(
     return stops[::-1]
 
 
-def _target(energy: float, room: float, factor: float) -> float:
-    """Return the β at which an energy λ = β(E C − C0) lies well below the wall."""
-    return factor * (energy + _MARGIN * np.sqrt(energy) + _LEAST_MARGIN) / room
+def _target(energy: float, bulge: float, room: float, factor: float) -> float:
+    """Return the β at which an energy λ = β(E − C0), seen `bulge` times as high on the segment, lies below the wall."""
+    return factor * (bulge * energy + _MARGIN * np.sqrt(energy) + _LEAST_MARGIN) / room
 
 
 def _descend(
@@ -155,7 +155,7 @@ def _descend(
     """Go down to the prior's own stiffness in steps that the works allow, raising β as more and more is confined."""
     ensemble = flight.ensemble
     stiff = ensemble.frame.stiffness > 0.0
-    beta = _target(0.1, room, factor)
+    beta = _target(0.1, 1.0, room, factor)
     x = flight.reference_precision(beta)
     gait, variance = _Gait(0.5), np.full(len(jax.tree.leaves(ensemble.frame.anchor)), np.exp(-x))
     stops: list[_Stop] = []
@@ -169,7 +169,7 @@ def _descend(
         if (stiff and x <= 0.0) or (not stiff and np.mean(0.5 * np.exp(x) * record.square[-1]) < 0.02):
             return stops
         # A fifth more than is confined here, since the next stop confines more.
-        beta = max(beta, _target(1.2 * stops[-1].confined, room, factor))
+        beta = max(beta, _target(1.2 * stops[-1].confined, flight.bulge(record), room, factor))
         rate, share = _rate(ensemble, record, x, beta)
         width = float(np.clip(_WORK / max(rate, 1e-9), 0.02, 0.5))
         if stiff:
@@ -275,8 +275,13 @@ class _Flight:
         self.metric = fit_metric(together, betas, float(np.exp(x)), turns=self.ensemble.frame.walls is None)
 
     def confined(self, beta: float, record: Record) -> float:
-        """Return λ = β(E C − C0)."""
+        """Return λ = β(E − C0), the mean over chains."""
         return max(beta * (float(np.nanmean(record.cost[-1])) - self.anchor_cost), 0.0)
+
+    def bulge(self, record: Record) -> float:
+        """Return how much higher the largest cost on the segment lies above the anchor's than the guide; at least 1."""
+        rise = [float(np.nanmean(values[-1])) - self.anchor_cost for values in (record.reach, record.cost)]
+        return float(np.clip(rise[0] / rise[1], 1.0, 3.0)) if rise[1] > 0.0 and np.isfinite(rise[0]) else 1.0
 
     def settle_gait(
         self, x: float, beta: float, gait: _Gait, variance: np.ndarray, confined: float, *, most: int
@@ -326,9 +331,9 @@ class _Flight:
             self.learn(stop.x, beta, keep=_MOST_SETTLING)
             variance = _variances(self.ensemble, record)
             energies.append(max(self.confined(beta, record), 0.1))
-            wanted = _target(float(np.mean(energies[-_LEAST_SETTLING // 2 :])), room, factor)
+            wanted = _target(float(np.mean(energies[-_LEAST_SETTLING // 2 :])), self.bulge(record), room, factor)
             beta *= float(np.exp(np.clip(np.log(wanted / beta), -0.15, 0.15)))
-        natural = float(np.mean(energies[-_LEAST_SETTLING // 2 :])) / room
+        natural = self.bulge(record) * float(np.mean(energies[-_LEAST_SETTLING // 2 :])) / room
         return beta, natural, _Stop(stop.x, beta, gait, variance, _joined(records[-len(records) // 2 :]))
 
 
@@ -379,6 +384,7 @@ def _survey(
         leaf_variance=np.stack([stop.variance for stop in stops]),
         step_size=np.array([stop.gait.step for stop in stops]),
         spread=np.array([stop.gait.spread for stop in stops]),
+        inside=np.array([float(np.mean(stop.record.inside)) for stop in stops]),
         confined=np.array([max(beta * (float(np.mean(stop.record.cost)) - anchor_cost), 0.0) for stop in stops]),
         beta=beta,
         natural_beta=natural,

@@ -72,6 +72,11 @@ def summarise(
             kind=Kind.LOWER_BOUND, hysteresis=(cooling, np.nan),
         )  # fmt: skip
     whole = tally.sums(plan.cutoffs, plan.cutoff, chains=everyone, passes=passes)
+    if not np.isfinite(whole.log_mass):
+        return _estimate(
+            tally, plan, base, trace, weights=weights, log_mass=lower, std_error=np.inf, lower=lower,
+            kind=Kind.LOWER_BOUND, hysteresis=(np.nan, np.nan),
+        )  # fmt: skip
     groups = min(_GROUPS, tally.chains)
     label = everyone % groups
     none = plan.cutoffs[:0]
@@ -104,7 +109,7 @@ def summarise(
         log_mass=whole.log_mass,
         std_error=float(np.hypot(statistical, systematic) + _ROUNDING * (plan.dimension + abs(whole.log_mass))),
         lower=lower,
-        kind=Kind.ESTIMATE if mixed and np.isfinite(whole.log_mass) else Kind.NOT_MIXED,
+        kind=Kind.ESTIMATE if mixed else Kind.NOT_MIXED,
         hysteresis=(cooling, heating),
         curve=Curve(plan.cutoffs, whole.curve, np.hypot(curve_errors, systematic)),
         coefficient=LearningCoefficient(

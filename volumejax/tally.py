@@ -8,7 +8,7 @@ from scipy.special import logsumexp
 
 from volumejax.annealing import Record
 from volumejax.ensemble import Rung
-from volumejax.free_energy import acceptance_ratio, log_total_mass, overlap
+from volumejax.free_energy import acceptance_ratio, log_mixture, log_total_mass, overlap
 
 __all__ = ["COOLING", "HEATING", "Sums", "Tally"]
 
@@ -23,7 +23,7 @@ class Sums:
     Attributes:
         log_mass: at the cutoff, in the measure of δ.
         curve: at the cutoffs asked for.
-        energies: λ(β) = β(E C − C0) on the temperature rungs.
+        energies: λ̂(β) = β(E_β C − C0) at the temperatures; for the star C is the largest cost on the segment.
         heat_capacities: β² Var C there.
         kappa_differences: ΔF between the rungs of the κ ladder.
         beta_differences: ΔF between those of the temperature ladder.
@@ -143,18 +143,32 @@ class Tally:
             log_z,
             np.append(cutoffs, cutoff),
         )
-        with np.errstate(invalid="ignore", divide="ignore"):
-            means = np.nansum(costs, axis=1) / counts
-            variances = np.nansum(np.square(costs - means[:, None]), axis=1) / np.maximum(counts - 1.0, 1.0)
-        beta = self.temperature.beta
+        energies, heat_capacities = self._energies(costs[present], reaches[present], counts, log_z)
         return Sums(
             log_mass=float(masses[-1]),
             curve=masses[:-1],
-            energies=beta * (means - self.anchor_cost),
-            heat_capacities=beta**2 * variances,
+            energies=energies,
+            heat_capacities=heat_capacities,
             kappa_differences=kappa_differences,
             beta_differences=beta_differences,
         )
+
+    def _energies(self, costs: Vector, reaches: Vector, counts: Vector, log_z: Vector) -> tuple[Vector, Vector]:
+        """Return λ̂ and the heat capacity at each β, from all samples: the cost of a point is its reach."""
+        beta = np.asarray(self.temperature.beta)
+        log_density = log_mixture(costs, beta, counts, log_z)
+        inside = np.isfinite(log_density) & np.isfinite(reaches)
+        means, variances = np.full((2, len(beta)), np.nan)
+        rise, log_density = reaches[inside] - self.anchor_cost, log_density[inside]
+        for k, b in enumerate(beta):
+            if counts[k] == 0 or not inside.any():
+                continue
+            weight = -b * rise - log_density
+            weight = np.exp(weight - weight.max())
+            weight /= weight.sum()
+            means[k] = np.sum(weight * rise)
+            variances[k] = np.sum(weight * (rise - means[k]) ** 2)
+        return beta * means, beta**2 * variances
 
     def overlaps(self, differences: Vector) -> Vector:
         """Return the overlap of each pair of neighbouring κ rungs."""

@@ -226,7 +226,7 @@ def tether_stream(
         ensemble=ensemble,
         key=key,
         chains=chains,
-        budget=_GRADIENTS * effort * float(np.clip(4810 / dimension, 1.0, 4.0)),
+        budget=_GRADIENTS * effort * float(np.clip(4810 / dimension, 1.0, 4.0)) / len(ensemble.guides),
         anchor_cost=float(jax.jit(lambda p: cost(p))(params)),
         prior_term=float(prior.anchor_term(params)),
         proper=bool(prior.proper),
@@ -278,7 +278,7 @@ class _Run:
             budget=_KAPPA * self.budget,
             most_steps=_MOST_STEPS,
             escort=self.escort,
-            overhead=TRAJECTORIES * ensemble.checks / _FORWARDS,
+            overhead=TRAJECTORIES * ensemble.checks / (_FORWARDS * len(ensemble.guides)),
         )
         temperature, joint = temperature_ladder(
             pilot.survey, decades=self.decades, most_steps=_MOST_STEPS, budget=_TEMPERATURE * self.budget
@@ -338,7 +338,7 @@ class _Run:
         if ensemble.frame.stiffness == 0.0:
             heat = heat[1:]
         work = [_gradients(leg) for leg in (*cool, *heat)]
-        total, spent = pilot.gradients + sum(work), pilot.gradients
+        total, spent, each = pilot.gradients + sum(work), pilot.gradients, len(ensemble.guides)
         start = begin(
             ensemble, jax.random.fold_in(self.key, _START), first, jnp.arange(self.chains, dtype=jnp.int32), self.mesh
         )
@@ -348,10 +348,10 @@ class _Run:
                 for where, spent_here in self._follow(leg, positions):
                     positions, share = where, (spent + spent_here) / total
                     self.on_progress(leg.stage, share)
-                    yield summarise(tally, plan, positions.cost, spent + spent_here, share, final=False)
+                    yield summarise(tally, plan, positions.cost, each * (spent + spent_here), share, final=False)
                 spent += _gradients(leg)
             if done:
-                yield summarise(tally, plan, positions.cost, spent, 1.0, final=True)
+                yield summarise(tally, plan, positions.cost, each * spent, 1.0, final=True)
 
     def _fly(self) -> Pilot:
         return fly(
