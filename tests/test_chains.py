@@ -31,6 +31,7 @@ def make_trace():
             "overlap": np.array([0.9, 0.5, 0.6]),
             "r_hat": np.array([np.nan, 1.01, 1.2, 1.05]),
             "work_std": np.ones(LEVELS - 1),
+            "separation": np.array(1.1),
             "log_weights": np.zeros(CHAINS),
             **dict.fromkeys(("betas", "energies", "energy_errors", "heat_capacities"), np.ones(TEMPERATURES)),
             "integrated": np.array(-3.5),
@@ -57,6 +58,7 @@ def test_scalars_are_the_worst_levels(make_trace):
         "num_chains": CHAINS,
         "gradients": 1200,
         "max_r_hat": 1.2,
+        "separation": 1.1,
         "min_acceptance": 0.7,
         "min_overlap": 0.5,
         "integrated": -3.5,
@@ -87,6 +89,9 @@ def test_what_was_not_visited_is_nan(make_trace):
         ({"non_finite": np.array(0.004)}, "0.4 % of trajectories met a NaN or infinite cost"),
         ({"acceptance": np.array([[np.nan, 0.5, 0.03, 0.5]] * 2)}, "acceptance falls to 0.03 on some level"),
         ({"acceptance": np.array([[np.nan, 0.5, 0.06, 0.5]] * 2)}, None),
+        ({"separation": np.array(7.25)}, "the chains stay in separate parts of the region (R-hat between them 7.2)"),
+        ({"separation": np.array(2.0)}, None),
+        ({"separation": np.array(np.nan)}, None),
     ],
 )
 def test_each_remark_appears_where_it_should(make_trace, fields, words):
@@ -108,5 +113,5 @@ def test_labelled_arrays_have_the_axes_that_they_name(make_trace):
     for axes, values in labelled.values():
         assert values.shape == tuple(lengths[axis] for axis in axes)
     whole = {field.name for field in dataclasses.fields(ChainTrace)}
-    scalars = {"integrated", "integrated_virial", "gradients", "non_finite", "progress"}
+    scalars = {"integrated", "integrated_virial", "separation", "gradients", "non_finite", "progress"}
     assert set(labelled) == whole - scalars

@@ -69,20 +69,33 @@ def test_equal_curvatures_stay_nearly_equal(samples):
 
 
 def test_the_unit_of_time_is_the_width_that_was_seen():
-    """Σ 1/m over all leaves is Σ 1/stiffness, however the curvatures are spread."""
+    """Σ 1/m over all leaves is Σ 1/stiffness while these agree with the curvatures to a factor of four."""
     params = {"a": jnp.zeros((3, 2)), "b": jnp.zeros(7)}
     rng = np.random.default_rng(2)
     slopes = [rng.normal(size=(50, 3, 2)).astype(np.float32), 10.0 * rng.normal(size=(50, 7)).astype(np.float32)]
     metric = fit_metric(slopes, np.full(50, 3.0), 1.0, turns=True)
-    stiffness = jnp.array([0.5, 4.0], jnp.float32)
+    seen = [1.0 / float(np.mean(1.0 / (1.0 + 3.0 * np.asarray(c)))) for c in metric.curvature]
+    stiffness = jnp.array([1.5 * seen[0], 0.6 * seen[1]], jnp.float32)
     at = lambda beta: metric.masses(stiffness, jnp.float32(1.0), jnp.float32(beta), params)
     masses = at(3.0)
     assert masses["a"].shape == (3, 2) and masses["b"].shape == (7,)
     inverse = sum(float(jnp.sum(1.0 / m)) for m in masses.values())
-    assert inverse == pytest.approx(6 / 0.5 + 7 / 4.0, rel=1e-4)
+    assert inverse == pytest.approx(6 / float(stiffness[0]) + 7 / float(stiffness[1]), rel=1e-4)
     # Where β is higher all are heavier, the stiff ones in proportion.
     ratio = np.asarray(at(300.0)["b"] / masses["b"])
-    assert np.all(ratio > 50.0) and np.all(ratio < 100.0)
+    assert np.all(ratio > 30.0) and np.all(ratio < 100.0)
+
+
+def test_a_leaf_far_from_its_curvature_is_rescaled():
+    """A leaf a hundred times narrower than where the metric was fitted; within a factor of four nothing happens."""
+    params = {"a": jnp.zeros(1000), "b": jnp.zeros(10)}
+    metric = plain_metric(params, turns=False)
+    at = lambda narrow: metric.masses(jnp.array([1.0, narrow], jnp.float32), jnp.float32(10.0), jnp.float32(1.0), params)
+    ratio = lambda narrow: float(at(narrow)["b"][0] / at(narrow)["a"][0])
+    assert ratio(3.0) == pytest.approx(1.0, rel=0.05)
+    assert ratio(400.0) == pytest.approx(100.0, rel=0.1)
+    assert ratio(1 / 3) == pytest.approx(1.0, rel=0.05)
+    assert ratio(1 / 1000) < 1 / 50
 
 
 def test_the_plain_metric_has_the_structure_of_a_fitted_one():

@@ -205,3 +205,20 @@ def test_overlaps_of_constant_works_are_one_and_fall_with_misses(whole):
     np.testing.assert_allclose(tally.overlaps(KAPPA_STEPS), 1.0, atol=1e-12)
     tally.kappa_seen["work_down"][:, 1] = np.inf
     np.testing.assert_allclose(tally.overlaps(KAPPA_STEPS), [1.0, 0.5, 1.0], atol=1e-12)
+
+
+def test_chains_in_separate_parts_are_told_from_chains_that_mix(make_tally):
+    """Half of the chains hold a leaf thirty times wider, all along. Mutation: the mean over chains not taken out."""
+    rng = np.random.default_rng(4)
+    for apart, low, high in ((False, 0.9, 1.6), (True, 5.0, 100.0)):
+        tally = make_tally()
+        rungs = list(range(LEVELS)) * 10
+        for k, rung in enumerate(rungs):
+            seen = record([rung], KAPPA_STEPS, np.full((1, CHAINS), 0.1))
+            squares = np.exp(0.3 * rng.normal(size=(1, CHAINS, 1)) - 0.2 * k)
+            if apart:
+                squares[:, ::2] *= 30.0
+            # As if each visit were to a rung of its own.
+            tally.squares[COOLING][k + 1] = seen._replace(leaf_squares=squares).leaf_squares[0]
+        assert low < tally.separation() < high
+    assert np.isnan(make_tally().separation())

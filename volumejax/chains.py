@@ -11,6 +11,10 @@ __all__ = ["ChainTrace", "Curve", "LearningCoefficient"]
 Numbers = Array | np.ndarray
 
 
+MOST_SEPARATION = 3.0
+"""R-hat over chains from which on they are taken not to meet: slow mixing alone gives up to 2."""
+
+
 class Curve(eqx.Module):
     """log mass as a function of the cutoff, in nats."""
 
@@ -53,6 +57,9 @@ class ChainTrace(eqx.Module):
     """Mean Metropolis probability of the map between neighbouring levels: the rate at which replicas would swap."""
     r_hat: Float[Numbers, "levels"]
     """Split R-hat of |δ|² over the passes: well above 1 where cooling and heating disagree."""
+    separation: Float[Numbers, ""]
+    """Split R-hat over the chains of one pass, of the leaves' log squares along its last rungs, the worst leaf and pass:
+    far above 1 where chains stay in separate parts of the region."""
     work_std: Float[Numbers, "gaps"]
     log_weights: Float[Numbers, "chains"]
     """Annealing weights of the cooling chains, whose mean is the mass in expectation."""
@@ -102,6 +109,7 @@ class ChainTrace(eqx.Module):
             "num_chains": self.num_chains,
             "gradients": int(self.gradients),
             "max_r_hat": self.slowest,
+            "separation": float(self.separation),
             "min_acceptance": self.least_acceptance,
             "min_overlap": self.least_overlap,
             "integrated": float(self.integrated),
@@ -132,6 +140,11 @@ class ChainTrace(eqx.Module):
         if self.non_finite > 0.0:
             remarks.append(
                 f"{100 * float(self.non_finite):.2g} % of trajectories met a NaN or infinite cost (counted as outside)"
+            )
+        if self.separation > MOST_SEPARATION:
+            remarks.append(
+                f"the chains stay in separate parts of the region (R-hat between them {self.separation:.1f}): how much "
+                "each part weighs is not known; more chains do not help, higher effort may"
             )
         if self.least_acceptance < 0.05:
             remarks.append(

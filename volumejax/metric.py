@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 from numpy.typing import NDArray
+from scipy.special import polygamma
 
 __all__ = ["Metric", "fit_metric", "plain_metric"]
 
@@ -27,15 +28,17 @@ _LARGEST_VECTOR, _PER_AXIS = 32, 10
 """And vectors up to that one: eigenvectors take ten samples an axis."""
 _FLOOR = 0.1
 """Share of a leaf's own stiffness, as its spread tells it, that every coordinate has at least."""
-_CORRELATED = 2.0
+_AGREES = 4.0
+"""Factor by which a leaf may be wider or narrower than its curvature says, against all others, before it is rescaled."""
+_CORRELATED = 4.0
 """Successive gradients of one chain count for this many times fewer."""
 
 
 class Metric(eqx.Module):
     """Per-leaf bases and curvatures, in the order of the leaves of the parameters."""
 
-    left: list[Float[Array, "rows rows"] | None]
-    right: list[Float[Array, "columns columns"] | None]
+    left: list[Float[Array, "_ _"] | None]
+    right: list[Float[Array, "_ _"] | None]
     curvature: list[Float[Array, "..."]]
     """Mean of the second derivatives of C in the whitened, turned coordinates; leaves' shapes, float32."""
     beta: Float[Array, ""]
@@ -50,10 +53,11 @@ class Metric(eqx.Module):
         return self._apply(vector, transpose=False)
 
     def masses(self, stiffness: Float[Array, "leaves"], precision: Array, beta: Array, like: PyTree) -> PyTree:
-        """Return each coordinate's mass, ∝ a + βc and such that Σ 1/m at `self.beta` is the whole mean square of δ.
+        """Return each coordinate's mass, ∝ a + βc.
 
-        The factor is the same for all leaves and only sets the unit of time: where the region is wider than its mean
-        curvature says, trajectories have further to go.
+        The unit is such that Σ 1/m at `self.beta` is the whole mean square of δ, whatever the curvature says: where the
+        region is wider, trajectories have further to go. A leaf whose own mean square is more than `_AGREES` times off
+        has another curvature here than where the metric was fitted, and is rescaled by the rest.
 
         Args:
             stiffness: one over the mean square of a leaf's coordinates.
@@ -65,7 +69,11 @@ class Metric(eqx.Module):
         widths = [jnp.sum(1.0 / (b + self.beta * c)) for b, c in zip(least, self.curvature, strict=True)]
         seen = [c.size / stiffness[leaf] for leaf, c in enumerate(self.curvature)]
         unit = sum(widths) / sum(seen)
-        masses = [unit * (b + beta * c) for b, c in zip(least, self.curvature, strict=True)]
+        masses = []
+        for b, c, width, found in zip(least, self.curvature, widths, seen, strict=True):
+            off = jnp.log(width / (unit * found))
+            excess = jnp.sign(off) * jnp.maximum(jnp.abs(off) - jnp.log(_AGREES), 0.0)
+            masses.append(unit * jnp.exp(excess) * (b + beta * c))
         return jax.tree.unflatten(jax.tree.structure(like), masses)
 
     def _apply(self, vector: PyTree, *, transpose: bool) -> PyTree:
@@ -143,11 +151,16 @@ def _basis(grids: NDArray) -> NDArray[np.float64] | None:
 
 
 def _shrunk(curvature: NDArray, samples: int) -> NDArray:
-    """Draw a leaf's curvatures towards their mean as far as the scatter of that many samples explains their spread."""
-    mean, spread = float(np.mean(curvature)), float(np.var(curvature))
-    noise = 2.0 * _CORRELATED * float(np.mean(np.square(curvature))) / samples
-    trust = max(1.0 - noise / spread, 0.0) if spread > 0.0 else 0.0
-    return mean + trust * (curvature - mean)
+    """Draw a leaf's log curvatures towards their mean as far as that many samples scatter by chance."""
+    top = float(np.max(curvature))
+    if top <= 0.0:
+        return np.zeros_like(curvature)
+    logs = np.log(np.maximum(curvature, 1e-12 * top))
+    mean, spread = float(np.mean(logs)), float(np.var(logs))
+    # The log of a mean square of n normal draws has variance ψ'(n/2).
+    chance = float(polygamma(1, 0.5 * max(samples / _CORRELATED, 1.0)))
+    trust = max(1.0 - chance / spread, 0.0) if spread > 0.0 else 0.0
+    return np.exp(mean + trust * (logs - mean))
 
 
 def _turn(x: Array, p: Array | None, q: Array | None, transpose: bool) -> Array:

@@ -18,11 +18,17 @@ from volumejax.metric import Metric, fit_metric, plain_metric
 
 __all__ = ["Pilot", "fly"]
 
-_TARGET = 0.7
+_TARGET = 0.75
 """Acceptance that the step sizes are tuned to."""
 _WORK = 3.0
 """Standard deviation of the work between two stops, in nats."""
+_RAISES = 8
+"""Times that β is raised at one stop, at most, where the wall is felt."""
+_HASTE = 3.0
+"""By how much a small budget may stretch that."""
 _MOST_STEPS = 120
+_CAREFUL = 0.95
+"""Share of the tuned step that is taken."""
 _MARGIN = 3.5
 """By how many standard deviations the mean energy of the κ ladder lies below the cutoff."""
 _DOWN, _THERE = 0.25, 0.3
@@ -37,6 +43,8 @@ _LEAST_MARGIN = 3.0
 """And by how many nats at least: with few confined directions the energy has an exponential tail."""
 _CHEAP, _CHEAP_SPREAD = 1000, 2.5
 """Below so many dimensions steps are spread over so many e-folds: where regions have arms, no one step fits."""
+_PRESSED = 3.0
+"""Mean of B, in roots of D, that says that the wall is felt."""
 _UNBOUNDED, _WINDOW = 1.25, 20
 """A region without an end lets |δ|² grow by this factor in so many visits, time after time."""
 
@@ -162,19 +170,27 @@ def _descend(
     while True:
         confined = 0.0 if not stops else flight.confined(beta, stops[-1].record)
         gait, record = flight.settle_gait(x, beta, gait, variance, confined, most=2 if stops else 5)
+        for _ in range(_RAISES):
+            wanted = _target(flight.expected(record, x, beta), flight.bulge(record), room, factor)
+            if wanted < 1.05 * beta:
+                break
+            # The chains stand at the wall, and λ grows with β: go ahead of it.
+            beta = min(1.1 * wanted, 4.0 * beta)
+            gait, record = flight.settle_gait(x, beta, gait, variance, confined, most=1)
         flight.learn(x, beta, keep=_RECENT)
         variance = _variances(ensemble, record)
-        stops.append(_Stop(x, beta, gait, variance, record, flight.confined(beta, record)))
+        stops.append(_Stop(x, beta, gait, variance, record, flight.expected(record, x, beta)))
         on_progress(_DOWN * min(1.0, flight.gradients / budget))
         if (stiff and x <= 0.0) or (not stiff and np.mean(0.5 * np.exp(x) * record.square[-1]) < 0.02):
             return stops
-        # A fifth more than is confined here, since the next stop confines more.
-        beta = max(beta, _target(1.2 * stops[-1].confined, flight.bulge(record), room, factor))
         rate, share = _rate(ensemble, record, x, beta)
         width = float(np.clip(_WORK / max(rate, 1e-9), 0.02, 0.5))
         if stiff:
+            # A small budget makes the steps longer, but not so long that the wall comes before β can rise.
             left = max(budget - flight.gradients, 1.0)
-            width = max(width, min(x * flight.last_cost / left, 0.5))
+            width = max(width, min(x * flight.last_cost / left, _HASTE * width, 0.5))
+        # The next stop confines more.
+        beta = max(beta, _target(1.2 * np.exp(width) * stops[-1].confined, flight.bulge(record), room, factor))
         following = max(x - width, 0.0) if stiff else x - width
         flight.stretch(0.5 * share * (x - following))
         variance = variance * np.exp(min(0.5 * (x - following), 0.2))
@@ -278,6 +294,24 @@ class _Flight:
         """Return λ = β(E − C0), the mean over chains."""
         return max(beta * (float(np.nanmean(record.cost[-1])) - self.anchor_cost), 0.0)
 
+    def expected(self, record: Record, x: float, beta: float) -> float:
+        """Return λ as it would be if the chains had settled and felt no wall.
+
+        They obey E B = 0, so that δ·∇E would then be larger by −B/β, and E with it.
+        """
+        confined = self.confined(beta, record)
+        stretching = float(np.mean(_parts(self.ensemble, record, x, beta)[1]))
+        certain = np.sign(stretching) * max(abs(stretching) - _PRESSED * np.sqrt(self.ensemble.dimension), 0.0)
+        felt = beta * float(np.mean(record.virial))
+        if not (np.isfinite(certain) and felt > 0.0):
+            return confined
+        return confined * float(np.clip((felt - certain) / felt, 0.3, 5.0))
+
+    def pressed(self, record: Record, x: float, beta: float) -> bool:
+        """Whether the wall is felt: B, which has no mean without one, is far below zero."""
+        stretching = _parts(self.ensemble, record, x, beta)[1].ravel()
+        return bool(np.mean(stretching) < -_PRESSED * np.sqrt(self.ensemble.dimension))
+
     def bulge(self, record: Record) -> float:
         """Return how much higher the largest cost on the segment lies above the anchor's than the guide; at least 1."""
         rise = [float(np.nanmean(values[-1])) - self.anchor_cost for values in (record.reach, record.cost)]
@@ -325,12 +359,14 @@ class _Flight:
         beta, gait, variance = stop.beta, stop.gait, stop.variance
         energies: list[float] = []
         records: list[Record] = []
-        while len(energies) < _LEAST_SETTLING or (len(energies) < _MOST_SETTLING and self.gradients < until):
+        while len(energies) < _LEAST_SETTLING or (
+            len(energies) < _MOST_SETTLING and (self.gradients < until or self.pressed(record, stop.x, beta))
+        ):
             gait, record = self.settle_gait(stop.x, beta, gait, variance, 1e9, most=1)
             records.append(record)
             self.learn(stop.x, beta, keep=_MOST_SETTLING)
             variance = _variances(self.ensemble, record)
-            energies.append(max(self.confined(beta, record), 0.1))
+            energies.append(max(self.expected(record, stop.x, beta), 0.1))
             wanted = _target(float(np.mean(energies[-_LEAST_SETTLING // 2 :])), self.bulge(record), room, factor)
             beta *= float(np.exp(np.clip(np.log(wanted / beta), -0.15, 0.15)))
         natural = self.bulge(record) * float(np.mean(energies[-_LEAST_SETTLING // 2 :])) / room
@@ -373,6 +409,13 @@ def _rate(ensemble: Ensemble, record: Record, x: float, beta: float) -> tuple[fl
     return float(np.std(slope - 0.5 * share * stretching, ddof=1)), share
 
 
+def _smooth_steps(steps: np.ndarray) -> np.ndarray:
+    """Return the steps, freed of the noise with which they were tuned, and a little shorter."""
+    logs = np.log(steps)
+    near = [logs[max(i - 2, 0) : i + 3] for i in range(len(logs))]
+    return np.asarray(_CAREFUL * np.exp([min(np.mean(part), logs[i]) for i, part in enumerate(near)]))
+
+
 def _survey(
     ensemble: Ensemble, stops: list[_Stop], beta: float, natural: float, anchor_cost: float
 ) -> Survey:  # fmt: skip
@@ -382,7 +425,7 @@ def _survey(
         slope=[slope for slope, _ in parts],
         stretching=[np.nan_to_num(stretching) for _, stretching in parts],
         leaf_variance=np.stack([stop.variance for stop in stops]),
-        step_size=np.array([stop.gait.step for stop in stops]),
+        step_size=_smooth_steps(np.array([stop.gait.step for stop in stops])),
         spread=np.array([stop.gait.spread for stop in stops]),
         inside=np.array([float(np.mean(stop.record.inside)) for stop in stops]),
         confined=np.array([max(beta * (float(np.mean(stop.record.cost)) - anchor_cost), 0.0) for stop in stops]),

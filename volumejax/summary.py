@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpy.typing import NDArray
 
-from volumejax.chains import ChainTrace, Curve, LearningCoefficient
+from volumejax.chains import MOST_SEPARATION, ChainTrace, Curve, LearningCoefficient
 from volumejax.diagnostics import certified_lower, effective_sample_size, split_r_hat
 from volumejax.results import BoundKind, Kind, VolumeEstimate
 from volumejax.tally import COOLING, HEATING, Tally
@@ -21,7 +21,7 @@ _ROUNDING = 1e-9
 """Error of sums in float64, per dimension and nat."""
 _SMALL, _SHARE = 1.7, 0.017
 """A run is not mixed where the passes differ, beyond chance, by more than this: nats, or a share of |log mass|."""
-_LAG = 6.0
+_LAG = 4.0
 """Standard deviations between the passes: what is lost on the way down and gained on the way up nearly cancels."""
 
 
@@ -43,7 +43,7 @@ def summarise(
     """Reduce what is there: a bound while the chains cool, an estimate from one pass, in the end from both.
 
     The standard error joins a jackknife over groups of chains, which covers autocorrelation, with the part of the
-    hysteresis that chance does not explain, as if the two passes lay three standard deviations to either side.
+    hysteresis that chance does not explain, as if the two passes lay two standard deviations to either side.
     """
     weights = tally.bound_weights(np.asarray(costs), float(tally.kappa.beta[-1])) if _cooled_once(tally) else None
     finished = bool(tally.final_costs)
@@ -96,7 +96,14 @@ def summarise(
     gap = cooling - heating
     lag = float(np.sqrt(max(gap**2 - (2.0 * chance) ** 2, 0.0))) if np.isfinite(gap) else np.inf
     systematic = lag / _LAG
-    mixed = lag <= max(_SMALL, _SHARE * abs(whole.log_mass)) and trace.least_acceptance > 0.02
+    std_error = float(np.hypot(statistical, systematic) + _ROUNDING * (plan.dimension + abs(whole.log_mass)))
+    mixed = (
+        lag <= max(_SMALL, _SHARE * abs(whole.log_mass))
+        and trace.least_acceptance > 0.02
+        and not trace.separation > MOST_SEPARATION
+        # Chains that are stuck where little mass is agree with each other and not with their own weights.
+        and whole.log_mass + 2.0 * std_error > lower
+    )
     curve_errors = _jackknife(np.stack([sums.curve for sums in without]))
     energy_errors = _jackknife(np.stack([sums.energies for sums in without]))
     trace = _trace(tally, plan, (whole, energy_errors), gradients, progress)
@@ -107,7 +114,7 @@ def summarise(
         trace,
         weights=weights,
         log_mass=whole.log_mass,
-        std_error=float(np.hypot(statistical, systematic) + _ROUNDING * (plan.dimension + abs(whole.log_mass))),
+        std_error=std_error,
         lower=lower,
         kind=Kind.ESTIMATE if mixed else Kind.NOT_MIXED,
         hysteresis=(cooling, heating),
@@ -185,6 +192,7 @@ def _trace(tally: Tally, plan: Plan, sums: tuple | None, gradients: int, progres
         inside=np.where(np.arange(levels) > 0, inside, np.nan),
         overlap=overlap,
         r_hat=r_hat,
+        separation=np.asarray(tally.separation()),
         work_std=work_std,
         log_weights=tally.log_weights,
         betas=tally.temperature.beta,

@@ -7,12 +7,15 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 
 from volumejax.annealing import Record
+from volumejax.diagnostics import split_r_hat
 from volumejax.ensemble import Rung
 from volumejax.free_energy import acceptance_ratio, log_mixture, log_total_mass, overlap
 
 __all__ = ["COOLING", "HEATING", "Sums", "Tally"]
 
 COOLING, HEATING = 0, 1
+_WINDOW = 48
+"""Rungs at the end of the ladder over which chains are compared with each other."""
 Vector = NDArray[np.float64]
 
 
@@ -58,6 +61,8 @@ class Tally:
         shape = (2, len(kappa.precision), chains)
         skipped = ("leaf_squares", "permitted")
         self.kappa_seen = {name: np.full(shape, np.nan) for name in Record._fields if name not in skipped}
+        self.squares: list[dict[int, Vector]] = [{}, {}]
+        """Of each pass and rung: the leaves' |δ|², shape (chains, leaves)."""
         self.temperature_seen: list[tuple[int, int, dict[str, Vector]]] = []
         self.log_weights = np.full(chains, log_reference)
         """Annealing weights of the cooling chains so far, without the final factor."""
@@ -70,6 +75,7 @@ class Tally:
             counts = record.permitted[row] | (rung == 0)
             for name, seen in self.kappa_seen.items():
                 seen[which, rung] = np.where(counts, getattr(record, name)[row], np.nan)
+            self.squares[which][rung] = np.where(counts[:, None], record.leaf_squares[row], np.nan)
             if which == COOLING and rung < len(self.kappa.precision) - 1:
                 self.log_weights = self.log_weights - record.work_down[row]
 
@@ -169,6 +175,22 @@ class Tally:
             means[k] = np.sum(weight * rise)
             variances[k] = np.sum(weight * (rise - means[k]) ** 2)
         return beta * means, beta**2 * variances
+
+    def separation(self) -> float:
+        """Return the largest R-hat over chains of a leaf's log square along the last rungs, of either pass."""
+        worst = np.nan
+        for seen in self.squares:
+            rungs = [rung for rung in sorted(seen)[-_WINDOW:] if rung > 0]
+            if len(rungs) < 4:
+                continue
+            with np.errstate(divide="ignore", invalid="ignore"):
+                logs = np.log(np.stack([seen[rung] for rung in rungs]))
+            alive = np.all(np.isfinite(logs), axis=(0, 2))
+            if alive.sum() < 2:
+                continue
+            about = logs[:, alive] - logs[:, alive].mean(axis=1, keepdims=True)
+            worst = np.nanmax([worst, *(split_r_hat(about[:, :, leaf].T) for leaf in range(about.shape[2]))])
+        return float(worst)
 
     def overlaps(self, differences: Vector) -> Vector:
         """Return the overlap of each pair of neighbouring κ rungs."""
