@@ -23,7 +23,7 @@ from volumejax.tree import wide
 
 __all__ = ["PACES", "SHORT", "TRAJECTORIES", "Ensemble", "Position", "Rung"]
 
-TRAJECTORIES, SHORT, PACES = 3, 32, (1.0, 0.3, 0.1)
+TRAJECTORIES, SHORT, PACES = 3, 12, (1.0, 0.3, 0.1)
 """Trajectories of one move, by how much fewer steps all but the first have, and the share of the step size that each
 takes: where a chain is held in a place much narrower than most, only the small ones move it."""
 
