@@ -61,7 +61,10 @@ def mnist(folder: str) -> Job:
     def train(params):
         def step(carry, _):
             params, state = carry
-            loss = lambda p: optax.softmax_cross_entropy_with_integer_labels(apply_fn(p, inputs), labels).mean()
+
+            def loss(p):
+                return optax.softmax_cross_entropy_with_integer_labels(apply_fn(p, inputs), labels).mean()
+
             updates, state = optimizer.update(jax.grad(loss)(params), state, params)
             return (optax.apply_updates(params, updates), state), None
 
@@ -71,7 +74,9 @@ def mnist(folder: str) -> Job:
     wrong = float(vj.error_rate(apply_fn, inputs, labels)(params))
     sigma = float(np.sqrt(np.mean(np.concatenate([np.ravel(x) ** 2 for x in jax.tree.leaves(start)]))))
     print(f"MNIST: training error {wrong:.3f}, prior σ = {sigma:.4f}")
-    return Job("MNIST", vj.kl_to_anchor(apply_fn, params, inputs), params, vj.Gaussian(sigma), 1e-2, vj.Connected(), None)
+    return Job(
+        "MNIST", vj.kl_to_anchor(apply_fn, params, inputs), params, vj.Gaussian(sigma), 1e-2, vj.Connected(), None
+    )
 
 
 def jobs(name: str, folder: str | None) -> list[Job]:

@@ -187,3 +187,10 @@ def test_a_guess_changes_nothing_but_the_work():
     plain = acceptance_ratio(*works)
     for guess in (plain + 1.0, plain - 1.9, plain + 80.0, np.where(np.arange(64) == 5, np.nan, plain)):
         np.testing.assert_allclose(acceptance_ratio(*works, guess), plain, atol=1e-6)
+
+
+def test_a_mass_without_a_normaliser_is_not_known():
+    unknown = log_total_mass(
+        np.array([0.1]), np.array([0.1]), np.ones(1), np.ones(1), np.array([np.inf]), np.array([0.5])
+    )
+    assert np.isnan(unknown).all()

@@ -75,7 +75,9 @@ def walk(ensemble, rung, key, metric=PLAIN):
         return position, (position.cost, d, info, fits)
 
     with jax.enable_x64(True):
-        start = jax.vmap(init)(jax.tree.map(lambda x: jnp.zeros((CHAINS, *x.shape), jnp.float32), ensemble.frame.anchor))
+        start = jax.vmap(init)(
+            jax.tree.map(lambda x: jnp.zeros((CHAINS, *x.shape), jnp.float32), ensemble.frame.anchor)
+        )
         with jax.enable_x64(False):
             keys = jax.random.split(key, (SETTLING + DRAWS, CHAINS))
         return jax.lax.scan(advance, start, keys)[1]

@@ -90,7 +90,9 @@ def test_a_leaf_far_from_its_curvature_is_rescaled():
     """A leaf a hundred times narrower than where the metric was fitted; within a factor of four nothing happens."""
     params = {"a": jnp.zeros(1000), "b": jnp.zeros(10)}
     metric = plain_metric(params, turns=False)
-    at = lambda narrow: metric.masses(jnp.array([1.0, narrow], jnp.float32), jnp.float32(10.0), jnp.float32(1.0), params)
+    at = lambda narrow: metric.masses(
+        jnp.array([1.0, narrow], jnp.float32), jnp.float32(10.0), jnp.float32(1.0), params
+    )
     ratio = lambda narrow: float(at(narrow)["b"][0] / at(narrow)["a"][0])
     assert ratio(3.0) == pytest.approx(1.0, rel=0.05)
     assert ratio(400.0) == pytest.approx(100.0, rel=0.1)
@@ -99,7 +101,13 @@ def test_a_leaf_far_from_its_curvature_is_rescaled():
 
 
 def test_the_plain_metric_has_the_structure_of_a_fitted_one():
-    params = {"a": jnp.zeros((3, 2)), "b": jnp.zeros(7), "c": jnp.zeros(()), "d": jnp.zeros((600, 2)), "e": jnp.zeros(40)}
+    params = {
+        "a": jnp.zeros((3, 2)),
+        "b": jnp.zeros(7),
+        "c": jnp.zeros(()),
+        "d": jnp.zeros((600, 2)),
+        "e": jnp.zeros(40),
+    }
     slopes = [np.ones((20, *x.shape), np.float32) for x in params.values()]
     fitted, plain = fit_metric(slopes, np.ones(20), 1.0, turns=True), plain_metric(params, turns=True)
     assert jax.tree.structure(fitted) == jax.tree.structure(plain)
@@ -110,8 +118,8 @@ def test_the_plain_metric_has_the_structure_of_a_fitted_one():
 
 
 @hypothesis.given(
-    rows=st.integers(1, 4), columns=st.integers(1, 4), samples=st.integers(1, 30), scale=st.sampled_from([0.0, 1e-6, 1e6]),
-    broken=st.booleans(),
+    rows=st.integers(1, 4), columns=st.integers(1, 4), samples=st.integers(1, 30),
+    scale=st.sampled_from([0.0, 1e-6, 1e6]), broken=st.booleans(),
 )  # fmt: skip
 def test_any_slopes_give_finite_positive_masses(rows, columns, samples, scale, broken):
     slopes = scale * np.random.default_rng(3).normal(size=(samples, rows, columns)).astype(np.float32)

@@ -50,14 +50,14 @@ PROBLEMS = {
 def test_the_exact_answer_is_within_four_errors(name):
     problem = PROBLEMS[name]()
     for seed in range(3):
-        check(measure(problem, seed, effort=0.2), problem.log_mass)
+        check(measure(problem, seed, effort=0.06), problem.log_mass)
 
 
 @pytest.mark.slow
 def test_the_star_of_the_shell_is_what_rays_see():
     problem = reference.shell(3, cutoff=1e-2)
     for seed in range(3):
-        estimate = measure(problem, seed, region=vj.Star(), effort=0.2)
+        estimate = measure(problem, seed, region=vj.Star(), effort=0.06)
         check(estimate, problem.star_log_mass)
         assert estimate.region == "star"
 
@@ -70,11 +70,11 @@ def test_flat_priors_with_walls_give_the_share_of_the_ball_or_box():
     ball_volume = 0.5 * 4 * np.log(np.pi) - np.log(2.0) + 4 * np.log(1.5)
     for seed in range(3):
         box = vj.tether_volume(
-            jax.random.key(seed), ellipsoid.cost, anchor, vj.UniformBox(-2.0, 2.0), cutoff=0.1, effort=0.2
+            jax.random.key(seed), ellipsoid.cost, anchor, vj.UniformBox(-2.0, 2.0), cutoff=0.1, effort=0.06
         )
         check(box, ellipsoid.log_mass - 4 * np.log(4.0))
         ball = vj.tether_volume(
-            jax.random.key(seed), ellipsoid.cost, anchor, vj.UniformBall(1.5), cutoff=0.1, effort=0.2
+            jax.random.key(seed), ellipsoid.cost, anchor, vj.UniformBall(1.5), cutoff=0.1, effort=0.06
         )
         check(ball, ellipsoid.log_mass - ball_volume)
 
@@ -96,7 +96,7 @@ def test_ten_thousand_dimensions():
 def test_unequal_arms_are_found():
     # The arm that is wider by far opens late, and each leaf's curvature changes by orders of magnitude on the way.
     problem = reference.tanh_neuron(50, 10, cutoff=1e-6)
-    check(measure(problem, effort=0.5), problem.log_mass, cap=1.0)
+    check(measure(problem, effort=0.3), problem.log_mass, cap=1.0)
 
 
 @pytest.mark.slow
@@ -104,7 +104,7 @@ def test_chains_divided_between_two_arms_are_not_mixed():
     # Half of them stand in an arm that holds e⁻³⁰ of the mass; both passes then agree on a wrong answer.
     problem = reference.tanh_neuron(20, 20, cutoff=1e-4)
     for seed in range(3):
-        estimate = measure(problem, seed, effort=0.2)
+        estimate = measure(problem, seed, effort=0.06)
         assert estimate.kind == Kind.NOT_MIXED or abs(estimate.log_mass - problem.log_mass) <= 4 * estimate.std_error
         assert estimate.lower <= problem.log_mass
 
@@ -257,7 +257,7 @@ def test_the_virial_is_biased_upward_behind_a_hard_wall():
         return jnp.where(jnp.sum(jnp.square(w)) < 0.01, 0.0, 1.0) + 0.0 * jnp.sum(w)
 
     estimate = vj.tether_volume(
-        jax.random.key(0), hard, jnp.zeros(4), vj.Gaussian(1.0), cutoff=0.5, effort=0.3, num_chains=32
+        jax.random.key(0), hard, jnp.zeros(4), vj.Gaussian(1.0), cutoff=0.5, effort=0.1, num_chains=32
     )
     truth = reference.quadratic(np.ones(4), cutoff=0.005).log_mass
     check(estimate, truth)

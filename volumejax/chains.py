@@ -58,8 +58,8 @@ class ChainTrace(eqx.Module):
     r_hat: Float[Numbers, "levels"]
     """Split R-hat of |δ|² over the passes: well above 1 where cooling and heating disagree."""
     separation: Float[Numbers, ""]
-    """Split R-hat over the chains of one pass, of the leaves' log squares along its last rungs, the worst leaf and pass:
-    far above 1 where chains stay in separate parts of the region."""
+    """R-hat over the chains of one pass, by quartiles, of the leaves' log squares along its last rungs, the worst leaf
+    and pass: far above 1 where chains stay in separate parts of the region."""
     work_std: Float[Numbers, "gaps"]
     log_weights: Float[Numbers, "chains"]
     """Annealing weights of the cooling chains, whose mean is the mass in expectation."""

@@ -87,11 +87,13 @@ def log_total_mass(
         cutoffs: ε, shape (cutoffs,).
 
     Returns:
-        Log measures, shape (cutoffs,); −inf where no sample lies within.
+        Log measures, shape (cutoffs,); −inf where no sample lies within, NaN where no normaliser is known.
 
     Reference: Shirts & Chodera, J. Chem. Phys. 129, 124105 (2008), with the normalisers given.
     """
     log_density = log_mixture(costs, betas, counts, log_z)
+    if np.any(np.isnan(log_density)):
+        return np.full(len(cutoffs), np.nan)
     order = np.argsort(reaches)
     log_cumulative = np.logaddexp.accumulate(-log_density[order])
     places = np.searchsorted(reaches[order], cutoffs, side="right")

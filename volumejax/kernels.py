@@ -86,7 +86,7 @@ def _trajectory(
     ensemble: Ensemble, rung: Rung, metric: Metric, key: Array, start: Position, num_steps: Any, pace: Any
 ) -> tuple[Position, MoveInfo]:
     a, beta = (jnp.asarray(x, jnp.float32) for x in (rung.precision, rung.beta))
-    masses = metric.masses(rung.masses.astype(jnp.float32), a, beta, start.displacement)
+    masses = metric.masses(jnp.asarray(rung.masses, jnp.float32), a, beta, start.displacement)
     # The generator does not lower under float64 when the call around it runs without.
     with jax.enable_x64(False):
         lot, jitter = jax.random.uniform(jax.random.fold_in(key, 0), (2,), jnp.float32)
@@ -97,25 +97,24 @@ def _trajectory(
     launch = jax.tree.map(lambda z, m: z / jnp.sqrt(m), noise, masses)
     num_steps = jnp.asarray(num_steps, jnp.int32)
     walls = ensemble.frame.walls
+    turns = _turns(ensemble, metric, h, a, masses)
 
-    turns = _turns(ensemble, metric, h, a, masses) if walls is None else None
+    def flow(place: PyTree, velocity: PyTree, moves: Array) -> tuple[PyTree, PyTree, Array]:
+        if walls is None:
+            return (*_rotate(turns, place, velocity, moves), jnp.ones((), bool))
+        return _fold(walls, place, velocity, jnp.where(moves, h, jnp.float32(0.0)))
 
     def advance(i: Array, flight: _Flight) -> _Flight:
         # The first pass stands still: it measures the slope at the start, so that the cost's gradient is compiled once.
         moves = i > 0
-        if turns is not None:
-            place, velocity = _rotate(turns, flight.place, flight.velocity, moves)
-            folded = jnp.ones((), bool)
-        else:
-            time = jnp.where(moves, h, jnp.float32(0.0))
-            place, velocity, folded = _fold(walls, flight.place, flight.velocity, time)
+        place, velocity, folded = flow(flight.place, flight.velocity, moves)
         displacement = metric.restored(place)
         cost, slope = ensemble.value_and_slope(displacement)
         virial = tree.dot(displacement, slope)
         slope = metric.turned(slope)
         permitted = ensemble.permits(cost, displacement)
         share = jnp.where((i == 0) | (i == num_steps), jnp.float32(0.5), jnp.float32(1.0)) * h
-        pulling = jax.tree.map(lambda g, d: beta * g if turns is not None else beta * g + a * d, slope, place)
+        pulling = jax.tree.map(lambda g, d: beta * g if walls is None else beta * g + a * d, slope, place)
         kicked = jax.tree.map(lambda v, g, m: v - share * g / m, velocity, pulling, masses)
         bounced = _reflect(ensemble, metric, displacement, velocity, slope, masses)
         broken = ~jnp.isfinite(cost) | ~jnp.isfinite(_sum(jax.tree.map(jnp.sum, slope)))

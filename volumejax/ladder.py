@@ -97,7 +97,7 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
     high, low = survey.x[0], survey.x[-1]
     grid = np.linspace(high, low, 2000)
 
-    def on_grid(values: Vector) -> Vector:
+    def on_grid(values: NDArray[np.floating]) -> Vector:
         return np.interp(-grid, -survey.x, values)
 
     v, n, tau = (np.exp(on_grid(np.log(values))) for values in (variance, steps, memory))
@@ -202,7 +202,7 @@ def trajectory_length(confined: Vector, last: float) -> Vector:
 def _smooth_work(survey: Survey, escort: float) -> tuple[Vector, Vector, Vector]:
     """Return at each stop the best share p, the variance of the work per unit of x, and its memory in visits.
 
-    Moments are taken about the mean over chains, so that drift does not count, and their median over neighbouring stops;
+    Moments are taken about the mean over chains, so that drift does not count, then their median over neighbours;
     the last stop, where the chains stay longest, speaks for itself and has the longest memory that is believed.
     """
     stops = len(survey.x)

@@ -29,7 +29,7 @@ _LARGEST_VECTOR, _PER_AXIS = 32, 10
 _FLOOR = 0.1
 """Share of a leaf's own stiffness, as its spread tells it, that every coordinate has at least."""
 _AGREES = 4.0
-"""Factor by which a leaf may be wider or narrower than its curvature says, against all others, before it is rescaled."""
+"""Factor by which a leaf may be wider or narrower than its curvature says, against all others, and not be rescaled."""
 _CORRELATED = 4.0
 """Successive gradients of one chain count for this many times fewer."""
 
@@ -68,7 +68,7 @@ class Metric(eqx.Module):
         least = [precision + _FLOOR * stiffness[leaf] for leaf in range(len(self.curvature))]
         widths = [jnp.sum(1.0 / (b + self.beta * c)) for b, c in zip(least, self.curvature, strict=True)]
         seen = [c.size / stiffness[leaf] for leaf, c in enumerate(self.curvature)]
-        unit = sum(widths) / sum(seen)
+        unit = jnp.sum(jnp.stack(widths)) / jnp.sum(jnp.stack(seen))
         masses = []
         for b, c, width, found in zip(least, self.curvature, widths, seen, strict=True):
             off = jnp.log(width / (unit * found))

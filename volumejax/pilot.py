@@ -111,7 +111,7 @@ def fly(
     on_progress(_DOWN + _THERE)
     top = flight.reference_precision(beta)
     flight.positions = ends
-    stops = _ascend(flight, _plan(scouts, top), beta, settled, budget, on_progress)
+    stops = _ascend(flight, _plan(scouts, top), beta, settled, on_progress)
     return Pilot(_survey(ensemble, stops, beta, natural, anchor_cost), flight.metric, ends, flight.gradients)
 
 
@@ -126,9 +126,8 @@ def _plan(scouts: list[_Stop], top: float) -> list[float]:
 
 
 def _ascend(
-    flight: "_Flight", plan: list[float], beta: float, settled: _Stop, budget: float,
-    on_progress: Callable[[float], None],
-) -> list[_Stop]:  # fmt: skip
+    flight: "_Flight", plan: list[float], beta: float, settled: _Stop, on_progress: Callable[[float], None]
+) -> list[_Stop]:
     """Go back up, with a few visits to each stop, and return the stops in the order of falling x."""
     ensemble, latest = flight.ensemble, settled
     stops = [settled]

@@ -43,7 +43,7 @@ Cost = Callable[[PyTree], Float[Array, ""]]
 OnProgress = Callable[[str, float], None]
 
 _GRADIENTS = 120_000
-"""Gradients per chain at effort 1 for D ≥ 4,810; up to five times as many for smaller problems, where they cost
+"""Gradients per chain at effort 1 for D ≥ 4,810; up to four times as many for smaller problems, where they cost
 little."""
 _PILOT, _KAPPA, _TEMPERATURE = 0.13, 0.38, 0.03
 """Shares of them for the pilot, each pass down or up the κ ladder, and the temperatures."""
@@ -89,8 +89,8 @@ def tether_volume(
         prior: `Gaussian`, `UniformBox`, `UniformBall` or `Lebesgue`.
         cutoff: ε in nats, positive.
         region: `Connected()` or `Star()`.
-        effort: scales the number of gradients, fixed beforehand: 1 means 120,000 per chain, five times as many for small
-            problems. The error falls like its root, the bias of slow modes like its inverse.
+        effort: scales the number of gradients, fixed beforehand: 1 means 120,000 per chain, four times as many for
+            small problems. The error falls like its root, the bias of slow modes like its inverse.
         num_chains: chains of each pass; None chooses between 4 and 64 by D.
         beta_factor: multiplies the automatic inverse temperature; the answer does not depend on it.
         escort: largest share of a free direction's stretch that the maps between levels may take, 0 for plain weights.
