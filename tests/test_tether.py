@@ -274,7 +274,7 @@ CHEAP = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHEAP)
 def test_errors_are_calibrated_and_bounds_hold(name):
-    # 30 seeds here; docs/benchmarks.md has 200.
+    # 30 seeds: the rms of so few scatters by 13 per cent.
     make, effort = CHEAP[name]
     problem = make()
     estimates = [measure(problem, seed, effort=effort, decades=0.5) for seed in range(30)]
