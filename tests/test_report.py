@@ -1,8 +1,6 @@
-import math
 import re
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 
 from volumejax import plots, report
@@ -40,29 +38,6 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text.append(data)
-
-
-@pytest.fixture
-def make_tether(make_row):
-    """A row that chains made, with their arrays."""
-
-    def make(label, *, complete=True, **values):
-        row = make_row(label, "tether", [-600.0] * 16, complete=complete, settled=True)
-        chains = {
-            "std_error": 2.0, "lower": -614.23, "hysteresis_cooling": -601.0, "hysteresis_heating": -599.04,
-            "gradients": 3200, "progress": 1.0, "noise": math.nan, "region": "connected", "status": "ok",
-        }  # fmt: skip
-        arrays = {name: np.full((2, 9), 0.8) for name in ("mean_cost", "mean_square", "acceptance", "inside")}
-        arrays |= {"precision": np.geomspace(1e4, 1.0, 9), "r_hat": np.ones(9), "log_weights": np.full(16, -600.0)}
-        arrays |= {"overlap": np.full(8, 0.9), "work_std": np.ones(8)}
-        arrays |= {"betas": np.geomspace(1e3, 1e5, 6), "energies": np.full(6, 100.0)}
-        arrays |= {"energy_errors": np.ones(6), "heat_capacities": np.full(6, 110.0)}
-        if complete:
-            arrays |= {"curve_cutoffs": np.geomspace(1e-4, 1e-2, 9), "curve_log_mass": np.linspace(-1000, -600, 9)}
-            arrays |= {"curve_std_error": np.full(9, 20.0)}
-        return row.model_copy(update={"estimate": {**row.estimate, **chains, **values}, "rays": {}, "chains": arrays})
-
-    return make
 
 
 @pytest.fixture
