@@ -1,12 +1,13 @@
 """The ensemble's energy, slope, membership and maps, against autodiff and NumPy.
 
 Mutations these catch: a slope without the unit of δ, the old precision in the new energy, a stretch squared twice or
-not at all, D log stretch of the wrong sign, b·δ left out of the work, an image judged by its own cost where the star
-asks for the segment, NaN taken for inside, float64 left on while the user's cost runs.
+not at all, the log of the map's volume of the wrong sign, b·δ left out of the work, an image judged by its own cost
+where the star asks for the segment, NaN taken for inside, float64 left on while the user's cost runs.
 """
 
 import equinox as eqx
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from volumejax import tree
 from volumejax.ensemble import Ensemble, Position
 from volumejax.frames import frame_of
+from volumejax.metric import fit_metric, plain_metric
 from volumejax.priors import Gaussian, UniformBox
 from volumejax.regions import Connected, Star
 
@@ -44,7 +46,7 @@ def ensemble_of(cost, prior, params, cutoff, region=Connected()):  # noqa: B008 
 
 def position_at(ensemble, displacement):
     value = ensemble.value(displacement)
-    return Position(displacement, value, ensemble.reach(displacement, value), number(np.nan))
+    return Position(displacement, value, ensemble.reach(displacement, value), ensemble.no_virials)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,12 @@ def displacement():
     return tree.normal_like(jax.random.key(3), PARAMS)
 
 
-carry = eqx.filter_jit(lambda ensemble, *args: ensemble.carry(*args))
+@eqx.filter_jit
+def carry(ensemble, position, log_stretch, *where):
+    """Along the map that stretches all coordinates alike."""
+    gain = jnp.expm1(log_stretch).astype(jnp.float32)
+    gains = jax.tree.map(lambda x: jnp.full(x.shape, gain), position.displacement)
+    return ensemble.carry(position, plain_metric(position.displacement, turns=True), gains, *where)
 
 
 def test_the_slope_is_the_gradient_in_whitened_coordinates(gaussian, displacement):
@@ -115,6 +122,38 @@ def test_the_way_back_costs_the_opposite(gaussian, displacement):
     back, undone = carry(gaussian, image, number(-0.25), there, here)
     assert abs(float(work) + float(undone)) < 1e-4 and abs(float(work)) > 0.1
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), back.displacement, displacement)
+
+
+def test_the_map_of_a_turned_metric_changes_volume_as_its_work_says(displacement):
+    """Against the determinant of the map by autodiff, each coordinate of the turned frame having its own factor."""
+    ensemble = ensemble_of(cost, Gaussian(WIDTHS), PARAMS, 1e6)
+    draw = np.random.default_rng(0).normal
+    slopes = [(np.asarray(x) * draw(size=(60, *x.shape))).astype(np.float32) for x in jax.tree.leaves(PARAMS)]
+    metric = fit_metric(slopes, np.ones(60), 1.0, turns=True)
+    gains = jax.tree.map(lambda x: jnp.linspace(-0.2, 0.3, x.size).reshape(x.shape), PARAMS)
+    same = (number(2.0), number(0.7))
+    start = position_at(ensemble, displacement)
+    image, work = eqx.filter_jit(lambda p: ensemble.carry(p, metric, gains, same, same))(start)
+    vector, unravel = jax.flatten_util.ravel_pytree(displacement)
+
+    def mapped(v):
+        moved = ensemble.carry(position_at(ensemble, unravel(v)), metric, gains, same, same)[0].displacement
+        return jax.flatten_util.ravel_pytree(moved)[0]
+
+    log_volume = np.linalg.slogdet(np.asarray(jax.jacfwd(mapped)(vector), np.float64))[1]
+    energy = float(ensemble.potential(position_at(ensemble, image.displacement), *same)) - float(
+        ensemble.potential(start, *same)
+    )
+    assert abs(float(work) - (energy - log_volume)) < 1e-5 and abs(log_volume) > 0.1
+
+
+def test_softness_has_mean_one_in_each_leaf_and_is_one_for_the_star():
+    masses = {"w": jnp.array([1.0, 2.0, 4.0]), "b": jnp.array([3.0, 3.0])}
+    soft = ensemble_of(cost, Gaussian(1.0), PARAMS, 1.0).softness(masses)
+    np.testing.assert_allclose(soft["w"], np.array([4.0, 2.0, 1.0]) * 3.0 / 7.0, rtol=1e-6)
+    np.testing.assert_allclose(soft["b"], 1.0)
+    star = ensemble_of(cost, Gaussian(1.0), PARAMS, 1.0, Star()).softness(masses)
+    assert all(np.all(np.asarray(x) == 1.0) for x in jax.tree.leaves(star))
 
 
 def test_an_image_beyond_the_cutoff_has_no_weight(displacement):

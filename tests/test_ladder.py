@@ -2,7 +2,8 @@
 
 Mutations these catch: rungs in the order of rising precision, a cost felt by the reference, density ∝ V instead of its
 root, gradients counted without the first of each trajectory, a stretch beyond the last rung, masses for variances, the
-joint rung off by one, a memory that is not used, drift taken for scatter.
+joint rung off by one, a memory that is not used, drift taken for scatter, shares of one leaf given to another, chance
+taken for a difference between leaves, a map through the wall.
 """
 
 import dataclasses
@@ -10,14 +11,17 @@ import dataclasses
 import numpy as np
 import pytest
 
-from volumejax.ladder import Survey, kappa_ladder, temperature_ladder
+from volumejax.ladder import Survey, best_shares, kappa_ladder, temperature_ladder
 
-STOPS, TABLE = 41, 64
+STOPS, TABLE, LEAVES = 41, 64, 2
 MOST_STEPS = 400
 
 
 def survey_of(spread_of_slope, *, covariance=0.0, bottom=0.0, step_size=0.3, confined=20.0, ends_flat=False):
-    """From x = 8 down to `bottom`; X has the given standard deviation at each stop, B unit variance; one visit."""
+    """From x = 8 down to `bottom`; X has the given standard deviation at each stop, B unit variance; one visit.
+
+    Half of B is each leaf's, and no coordinate is softer than another.
+    """
     x = np.linspace(8.0, bottom, STOPS)
     # Two columns of zero mean, unit variance and no correlation.
     angles = 2 * np.pi * (np.arange(TABLE) + 0.5) / TABLE
@@ -27,18 +31,25 @@ def survey_of(spread_of_slope, *, covariance=0.0, bottom=0.0, step_size=0.3, con
     return Survey(
         x=x,
         slope=[100.0 + d * first for d in deviation],
-        stretching=[stretching for _ in x],
+        stretching=[leafwise(stretching) for _ in x],
         leaf_variance=np.stack([np.exp(-x), 0.01 * np.exp(-x)], axis=1),
+        leaf_sizes=np.array([30.0, 10.0]),
         step_size=np.full(STOPS, step_size),
         spread=np.full(STOPS, 0.4),
-        inside=np.ones(STOPS),
+        room=[np.full((1, TABLE), 1.0) for _ in x],
+        rises=[np.full((1, TABLE, 2 * LEAVES), 0.1) for _ in x],
         confined=np.full(STOPS, confined),
+        as_one=False,
         beta=500.0,
         natural_beta=200.0,
         anchor_cost=0.0,
         least_spread=0.0,
         ends_flat=ends_flat,
     )
+
+
+def leafwise(stretching):
+    return np.repeat(stretching[..., None] / LEAVES, 2 * LEAVES, axis=-1)
 
 
 def kappa(survey, budget=40_000.0, escort=0.9, most_steps=MOST_STEPS):
@@ -61,7 +72,7 @@ def test_the_ladder_goes_from_the_reference_down_to_the_prior():
     assert np.all(np.diff(rungs.precision[1:]) < 0.0) and np.isclose(rungs.precision[-1], 1.0)
     assert rungs.beta[0] == 0.0 and np.all(rungs.beta[1:] == 500.0)
     assert rungs.num_moves[0] == 0 and np.all(rungs.num_moves[1:] >= 1)
-    assert rungs.stretch[0] == 0.0 and rungs.stretch[-1] == 0.0
+    assert np.all(rungs.stretch[0] == 0.0) and np.all(rungs.stretch[-1] == 0.0)
     count = len(rungs.precision)
     assert rungs.masses.shape == (count, 2) and rungs.num_steps.dtype == np.int32
     assert all(len(part) == count for part in vars(rungs).values())
@@ -102,8 +113,10 @@ def test_rungs_are_sparse_where_moves_are_dear():
 def with_stop(survey, index, slope):
     """The survey with other slopes at one stop, and B of no use there."""
     slopes, stretchings = list(survey.slope), list(survey.stretching)
-    slopes[index], stretchings[index] = slope, np.zeros_like(slope)
-    return dataclasses.replace(survey, slope=slopes, stretching=stretchings)
+    slopes[index], stretchings[index] = slope, leafwise(np.zeros_like(slope))
+    rooms, rises = list(survey.room), list(survey.rises)
+    rooms[index], rises[index] = np.ones_like(slope), leafwise(np.zeros_like(slope))
+    return dataclasses.replace(survey, slope=slopes, stretching=stretchings, room=rooms, rises=rises)
 
 
 def test_rungs_are_dense_where_chains_remember():
@@ -127,23 +140,75 @@ def test_a_drift_of_all_chains_is_no_scatter():
     np.testing.assert_allclose(both[0].precision, both[1].precision)
 
 
-@pytest.mark.parametrize(("covariance", "escort", "share"), [(0.3, 0.9, 0.6), (0.3, 0.25, 0.25), (0.3, 0.0, 0.0)])
-def test_the_stretch_is_the_best_one_up_to_the_escort(covariance, escort, share):
+def total_stretch(rungs):
+    """Of each leaf, since in the survey all coordinates are of the same softness."""
+    return rungs.stretch[:, :LEAVES] + rungs.stretch[:, LEAVES:]
+
+
+@pytest.mark.parametrize(("covariance", "escort", "share"), [(0.3, 1.0, 0.6), (0.3, 0.25, 0.15), (0.3, 0.0, 0.0)])
+@pytest.mark.parametrize("as_one", [False, True])
+def test_the_stretch_is_the_best_one_times_the_escort(covariance, escort, share, as_one):
     """X with deviation 1 and B with 1: the variance X − ½pB is least at p = 2·cov."""
-    rungs = kappa(survey_of(1.0, covariance=covariance), escort=escort)
+    rungs = kappa(dataclasses.replace(survey_of(1.0, covariance=covariance), as_one=as_one), escort=escort)
     gaps = -np.diff(np.log(rungs.precision[1:]))
-    np.testing.assert_allclose(rungs.stretch[1:-1], 0.5 * share * gaps, rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(total_stretch(rungs)[1:-1], 0.5 * share * np.repeat(gaps[:, None], 2, 1), atol=1e-12)
+
+
+def leaves_that_differ(samples, noise, seed=0):
+    """X = ½ (1.2 B₀ − 0.4 B₁) and noise, in independent B of variance 100; softness says nothing."""
+    numbers = np.random.default_rng(seed).normal(size=(samples, 8, 3))
+    b = 10.0 * numbers[..., :2]
+    x = 0.5 * (1.2 * b[..., 0] - 0.4 * b[..., 1]) + noise * numbers[..., 2]
+    return [x], [np.concatenate([b, b], axis=-1)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_leaf_grows_while_another_shrinks(seed):
+    shares = best_shares(*leaves_that_differ(40, 0.1, seed), as_one=False)
+    np.testing.assert_allclose(shares[:2] + shares[2:], [1.2, -0.4], atol=0.02)
+    together = best_shares(*leaves_that_differ(40, 0.1, seed), as_one=True)
+    assert together[0] == together[1] and 0.2 < together[0] < 0.6 and np.all(together[2:] == 0.0)
+
+
+def test_soft_coordinates_part_from_stiff_ones():
+    numbers = 10.0 * np.random.default_rng(0).normal(size=(40, 8, 4))
+    x = 0.5 * (0.3 * numbers[..., 0] + 0.3 * numbers[..., 1] + 0.9 * numbers[..., 3])
+    shares = best_shares([x], [numbers], as_one=False)
+    np.testing.assert_allclose(shares, [0.3, 0.3, 0.0, 0.9], atol=1e-6)
+
+
+def test_leaves_do_not_part_by_chance():
+    """With a dozen samples and nothing to tell the leaves apart, what chance would explain is not believed."""
+    apart = []
+    for seed in range(40):
+        numbers = np.random.default_rng(seed).normal(size=(2, 8, 5))
+        x = 0.25 * numbers[..., :2].sum(-1) + 5.0 * numbers[..., 4]
+        shares = best_shares([x], [numbers[..., :4]], as_one=False)
+        free = np.linalg.lstsq(0.5 * numbers[..., :2].reshape(-1, 2), x.ravel(), rcond=None)[0]
+        apart.append([abs(shares[0] - shares[1]), abs(free[0] - free[1])])
+    mine, naive = np.mean(apart, axis=0)
+    assert mine < 0.3 * naive
 
 
 def test_a_stretch_that_does_harm_is_not_taken():
-    rungs = kappa(survey_of(1.0, covariance=-0.5))
+    rungs = kappa(survey_of(1.0, covariance=-0.5), escort=0.0)
     assert np.all(rungs.stretch == 0.0)
+    together = kappa(dataclasses.replace(survey_of(1.0, covariance=-0.5), as_one=True))
+    assert np.all(together.stretch == 0.0)
 
 
-def test_nothing_is_stretched_where_the_wall_is_near():
-    survey = survey_of(1.0, covariance=0.3)
-    free, crowded = (kappa(dataclasses.replace(survey, inside=np.full(STOPS, share))) for share in (0.98, 0.85))
-    assert np.all(free.stretch[1:-1] > 0.0) and np.all(crowded.stretch == 0.0)
+def test_nothing_is_stretched_through_the_wall():
+    """A map over 0.1 in x must not take chains out; else it stretches by a part only, in the end not at all."""
+    survey = dataclasses.replace(survey_of(1.0, covariance=0.3), as_one=True)
+    # 0.6 of a free direction's stretch over 0.1 raises the cost by ½ · 0.1 · 0.6 · (0.1 + 0.1) = 0.006.
+    free, narrow, shut = (
+        kappa(dataclasses.replace(survey, room=[np.full((1, TABLE), room)] * STOPS), escort=1.0)
+        for room in (0.007, 0.004, 0.0003)
+    )
+    assert np.all(shut.stretch == 0.0)
+    gaps = [-np.diff(np.log(rungs.precision[1:])) for rungs in (free, narrow)]
+    np.testing.assert_allclose(free.stretch[1:-1, 0], 0.3 * gaps[0], rtol=1e-6)
+    np.testing.assert_allclose(narrow.stretch[1:-1, 0], 0.5 * 0.3 * gaps[1], rtol=1e-6)
 
 
 def test_masses_are_one_over_the_variances():
@@ -163,7 +228,7 @@ def test_a_flat_prior_ends_without_a_tether():
     assert len(flat.precision) == len(bound.precision) + 1
     assert flat.precision[-1] == 0.0 and np.all(np.diff(flat.precision[1:]) < 0.0)
     np.testing.assert_allclose(flat.precision[:-1], bound.precision)
-    assert flat.stretch[-1] == flat.stretch[-2] == 0.0
+    assert np.all(flat.stretch[-2:] == 0.0)
     for name in ("masses", "step_size", "num_steps", "num_moves", "beta"):
         np.testing.assert_allclose(getattr(flat, name)[-1], getattr(flat, name)[-2])
 

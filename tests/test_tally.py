@@ -29,7 +29,7 @@ def ladder(precision, beta):
         ones = jnp.ones(len(beta), jnp.float64)
         rungs = Rung(
             precision=precision * ones, beta=beta * ones, masses=ones[:, None], step_size=ones, spread=ones,
-            num_steps=ones, num_moves=ones, stretch=ones,
+            num_steps=ones, num_moves=ones, stretch=jnp.stack([ones, ones], axis=1),
         )  # fmt: skip
     return jax.tree.map(np.asarray, rungs)
 
@@ -44,6 +44,8 @@ def record(rungs, steps, costs, noise=0.0):
         "cost": costs,
         "reach": costs + 0.05,
         "leaf_squares": np.ones((rows, CHAINS, 1)),
+        "stretchings": np.ones((rows, CHAINS, 2)),
+        "rises": np.ones((rows, CHAINS, 2)),
         "permitted": np.ones((rows, CHAINS), bool),
         "work_down": down[rungs][:, None] + wobble,
         "work_up": up[rungs][:, None] - wobble,

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from volumejax import tree
-from volumejax.ensemble import PACES, SHORT, TRAJECTORIES, Ensemble, Position, Rung
+from volumejax.ensemble import PACES, SHORT, Ensemble, Position, Rung, trajectories
 from volumejax.kernels import hmc
 from volumejax.metric import Metric
 from volumejax.parallel import spread
@@ -28,7 +28,7 @@ TABLE = 1024
 
 
 class Record(NamedTuple):
-    """What was seen on the rungs visited, in nats; axes [visits, chains], `leaf_squares` [visits, chains, leaves]."""
+    """What was seen on the rungs visited, in nats; axes [visits, chains], then leaves where there are any."""
 
     cost: np.ndarray
     reach: np.ndarray
@@ -37,8 +37,13 @@ class Record(NamedTuple):
     pulled: np.ndarray
     """b·δ."""
     virial: np.ndarray
-    """δ·∇C."""
+    """δ·∇E."""
     leaf_squares: np.ndarray
+    stretchings: np.ndarray
+    """Effect on U of stretching each leaf, B_l = Σ δ ∂U − D_l, and then of stretching it by its softness,
+    Σ q (δ ∂U − 1): of mean zero where no wall is felt; axes [visits, chains, 2 · leaves]."""
+    rises: np.ndarray
+    """The part of it that is E's own."""
     work_down: np.ndarray
     """Work of the map to the next rung; +inf where the image is outside."""
     work_up: np.ndarray
@@ -72,7 +77,7 @@ def begin(
         with jax.enable_x64(True):
             cost = ensemble.value(displacement)
             reach = ensemble.reach(displacement, cost)
-            return Position(displacement, cost, reach, jnp.full((), jnp.nan, jnp.float64))
+            return Position(displacement, cost, reach, ensemble.no_virials)
 
     return jax.vmap(one)(spread(chains, mesh))
 
@@ -129,6 +134,8 @@ def _visit_one(
     """One chain on one rung: moves, a look both ways, and the step on."""
     _, step = hmc(ensemble, rung, metric)
 
+    count = jnp.asarray(trajectories(rung.num_steps, rung.spread), jnp.int32)
+
     def move(m: Array, carry: tuple[Position, Array]) -> tuple[Position, Array]:
         position, sums = carry
         with jax.enable_x64(False):
@@ -136,37 +143,56 @@ def _visit_one(
             # All chains share the number of steps, so that none waits; it varies so that no period is met again. In
             # short trajectories a chain that lags throws off the excess energy with which long ones end outside.
             share = 0.5 + jax.random.uniform(jax.random.fold_in(key, m), (), jnp.float32)
-        share = share * jnp.where(m % TRAJECTORIES == 0, jnp.float32(1.0), jnp.float32(1.0 / SHORT))
+        place = m % count
+        share = share * jnp.where(place == 0, jnp.float32(1.0), jnp.float32(1.0 / SHORT))
         steps = jnp.maximum(jnp.round(share * rung.num_steps), 1.0).astype(jnp.int32)
-        pace = jnp.asarray(PACES, jnp.float32)[m % TRAJECTORIES]
+        pace = jnp.asarray(PACES, jnp.float32)[place]
         position, info = step(move_key, position, steps, pace)
         # Nearly all short trajectories are taken: the steps are to be judged by the long ones.
-        judged = (m % TRAJECTORIES == 0).astype(jnp.float64)
+        judged = (place == 0).astype(jnp.float64)
         seen = (judged * info.acceptance, judged * info.inside, info.bounces, info.non_finite)
         return position, sums + jnp.stack([x.astype(jnp.float64) for x in seen])
 
-    moves = TRAJECTORIES * jnp.asarray(rung.num_moves, jnp.int32)
+    moves = count * jnp.asarray(rung.num_moves, jnp.int32)
     position, sums = jax.lax.fori_loop(jnp.int32(0), moves, move, (position, jnp.zeros(4, jnp.float64)))
     sums = sums / jnp.maximum(jnp.asarray(rung.num_moves), 1)
 
     before = jnp.maximum(here - 1, 0)
-    stretches = jnp.stack([rung.stretch, -table.stretch[before]])
-    targets = jnp.stack([here + 1, before])
-
-    def look(args: tuple[Array, Array]) -> tuple[Position, Array]:
-        stretch, target = args
-        there = (table.precision[target], table.beta[target])
-        return ensemble.carry(position, stretch, (jnp.asarray(rung.precision), jnp.asarray(rung.beta)), there)
-
-    images, works = jax.lax.map(look, (stretches, targets))
     d = position.displacement
+    state = (jnp.asarray(rung.precision), jnp.asarray(rung.beta))
+
+    def softness(level: Array) -> PyTree:
+        stiffness, a, beta = (
+            jnp.asarray(x, jnp.float32)[level] for x in (table.masses, table.precision, table.beta)
+        )  # fmt: skip
+        return ensemble.softness(metric.masses(stiffness, a, beta, d))
+
+    def look(args: tuple[Array, Array, Array]) -> tuple[Position, Array]:
+        sign, above, target = args
+        # The way back takes the same map, which is the upper rung's.
+        soft, treedef = jax.tree.flatten(softness(above))
+        plain, softened = sign * jnp.asarray(table.stretch)[above].astype(jnp.float32).reshape(2, len(soft))
+        gains = treedef.unflatten([jnp.expm1(s + t * q) for s, t, q in zip(plain, softened, soft, strict=True)])
+        there = (jnp.asarray(table.precision)[target], jnp.asarray(table.beta)[target])
+        return ensemble.carry(position, metric, gains, state, there)
+
+    ways = (jnp.asarray([1.0, -1.0], jnp.float32), jnp.stack([here, before]), jnp.stack([here + 1, before]))
+    images, works = jax.lax.map(look, ways)
+    place, sizes = metric.turned(d), jnp.asarray([x.size for x in jax.tree.leaves(d)], jnp.float64)
+    pull = jax.tree.map(jnp.zeros_like, d) if ensemble.frame.pull is None else metric.turned(ensemble.frame.pull)
+    stretchings = [
+        state[1] * virial + state[0] * tree.leaf_dots(x, place) + tree.leaf_dots(x, pull) - sizes
+        for virial, x in zip(position.virials, (place, jax.tree.map(jnp.multiply, softness(here), place)), strict=True)
+    ]
     seen = {
         "cost": position.cost,
         "reach": position.reach,
         "square": tree.dot(d, d),
         "pulled": ensemble.frame.pulled(d),
-        "virial": position.virial,
-        "leaf_squares": jnp.stack([tree.dot(x, x) for x in jax.tree.leaves(d)]),
+        "virial": jnp.sum(position.virials[0]),
+        "leaf_squares": tree.leaf_dots(d, d),
+        "stretchings": jnp.concatenate(stretchings),
+        "rises": jnp.ravel(position.virials),
         "work_down": works[0],
         "work_up": works[1],
         "acceptance": sums[0],

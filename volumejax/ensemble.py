@@ -19,14 +19,15 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from volumejax import tree
 from volumejax.frames import Frame
+from volumejax.metric import Metric
 from volumejax.regions import Connected, Star
 from volumejax.tree import wide
 
-__all__ = ["PACES", "SHORT", "TRAJECTORIES", "Ensemble", "Position", "Rung"]
+__all__ = ["PACES", "SHORT", "Ensemble", "Position", "Rung", "trajectories"]
 
 TRAJECTORIES, SHORT, PACES = 3, 12, (1.0, 0.3, 0.1)
-"""Trajectories of one move, by how much fewer steps all but the first have, and the share of the step size that each
-takes: where a chain is held in a place much narrower than most, only the small ones move it."""
+"""Trajectories of one move at most, by how much fewer steps all but the first have, and the share of the step size that
+each takes: where a chain is held in a place much narrower than most, only the small ones move it."""
 
 
 _BULGE = 0.7
@@ -42,8 +43,9 @@ class Position(eqx.Module):
     """The guide E, float64 nats; C itself but for the star."""
     reach: Float[Array, ""]
     """The largest cost on the checked segment from the anchor (star), or C itself; float64 nats."""
-    virial: Float[Array, ""]
-    """δ·∇C where a trajectory last measured it, float64; NaN before the first."""
+    virials: Float[Array, "2 leaves"]
+    """δ·∇E of each leaf where a trajectory last measured it, plain and with δ times its softness; float64, NaN before
+    the first."""
 
 
 class Rung(eqx.Module):
@@ -60,14 +62,21 @@ class Rung(eqx.Module):
     place."""
     num_steps: Any
     num_moves: Any
-    stretch: Float[Array | np.ndarray, "*levels"]
-    """log of the factor by which δ is scaled on the way to the next rung."""
+    stretch: Float[Array | np.ndarray, "*levels stretches"]
+    """log of the factor by which each leaf is scaled on the way to the next rung, and then what comes to it times
+    softness; 2 · leaves numbers."""
 
     @property
     def gradients(self) -> Any:
-        """Gradients of one visit, NumPy: a long trajectory and the short ones for each move, one more at each start."""
+        """Gradients of one visit, NumPy: those of each trajectory's steps, and one more at its start."""
         steps = np.asarray(self.num_steps)
-        return np.asarray(self.num_moves) * (steps + (TRAJECTORIES - 1) * np.maximum(steps // SHORT, 1) + TRAJECTORIES)
+        count = trajectories(steps, np.asarray(self.spread))
+        return np.asarray(self.num_moves) * (steps + (count - 1) * np.maximum(steps // SHORT, 1) + count)
+
+
+def trajectories(num_steps: Any, spread: Any) -> Any:
+    """Return the trajectories of one move: a long one, and short ones where that is dear or no one step fits all."""
+    return TRAJECTORIES - (TRAJECTORIES - 1) * ((spread == 0.0) & (num_steps < 2 * SHORT))
 
 
 class Ensemble(eqx.Module):
@@ -150,41 +159,59 @@ class Ensemble(eqx.Module):
             d = position.displacement
             return beta * position.cost + 0.5 * precision * tree.dot(d, d) + self.frame.pulled(d)
 
+    @property
+    def no_virials(self) -> Float[Array, "2 leaves"]:
+        """What stands for virials that have not been measured."""
+        with jax.enable_x64(True):
+            return jnp.full((2, len(jax.tree.leaves(self.frame.anchor))), jnp.nan, jnp.float64)
+
+    def softness(self, masses: PyTree) -> PyTree:
+        """Return how far each coordinate gives way when the tether slackens, against the mean of its leaf.
+
+        The star's maps keep a chain on its ray, whose segment has been looked at: there all are 1.
+        """
+        if self.checks:
+            return jax.tree.map(jnp.ones_like, masses)
+        return jax.tree.map(lambda m: (1.0 / m) / jnp.mean(1.0 / m), masses)
+
     def carry(
-        self, position: Position, log_stretch: Array, here: tuple[Array, Array], there: tuple[Array, Array]
+        self, position: Position, metric: Metric, gains: PyTree, here: tuple[Array, Array], there: tuple[Array, Array]
     ) -> tuple[Position, Float[Array, ""]]:
-        """Scale δ on the way from one ensemble to another.
+        """Map δ on the way from one ensemble to another.
 
         Args:
             position: where the chain stands.
-            log_stretch: log of the factor.
+            metric: in whose turned coordinates the map is diagonal.
+            gains: what is added to each of them, as a share of itself, float32; for the star the same for all.
             here: (a, β) left behind.
             there: (a, β) ahead.
 
         Returns:
-            The image and the work U'(image) − U(δ) − D log stretch in nats, +inf where the image is outside.
+            The image and the work U'(image) − U(δ) − log |∂image/∂δ| in nats, +inf where the image is outside.
         """
         with jax.enable_x64(True):
-            factor = jnp.exp(log_stretch).astype(jnp.float32)
-            log_factor = jnp.log(wide(factor))
             d = position.displacement
-            moved = jax.tree.map(lambda x: factor * x, d)
+            change = metric.restored(jax.tree.map(jnp.multiply, gains, metric.turned(d)))
+            moved = jax.tree.map(jnp.add, d, change)
             cost, own = self._guide(moved)
-            # The image lies on the same ray: unless it is far out, all of its segment but the end has been looked at.
+            # The star's image lies on the same ray: unless it is far out, its segment has been looked at but for the
+            # end.
             reach = jnp.where(jnp.isnan(own), jnp.inf, own)
             if self.checks:
                 seen = jnp.maximum(position.reach, reach)
-                is_far = factor > 1.0 + 1.0 / self.checks
+                is_far = jnp.max(jax.tree.leaves(gains)[0]) > 1.0 / self.checks
                 reach = jax.lax.cond(is_far, lambda: self.reach(moved, cost), lambda: seen)
-            image = Position(moved, cost, reach, position.virial)
-            square, pulled = tree.dot(d, d), self.frame.pulled(d)
-            stretch = wide(factor)
+            image = Position(moved, cost, reach, position.virials)
+            rounded = jax.tree.map(lambda x, y: wide(x) - wide(y), moved, d)
+            middle = jax.tree.map(lambda x, y: 0.5 * (wide(x) + wide(y)), moved, d)
+            growth = jax.tree.reduce(jnp.add, jax.tree.map(lambda g: jnp.sum(jnp.log1p(wide(g))), gains))
             work = (
                 there[1] * cost
                 - here[1] * position.cost
-                + 0.5 * (there[0] * stretch**2 - here[0]) * square
-                + (stretch - 1.0) * pulled
-                - self.dimension * log_factor
+                + 0.5 * (there[0] - here[0]) * tree.dot(d, d)
+                + there[0] * tree.dot(rounded, middle)
+                + self.frame.pulled(rounded)
+                - growth
             )
             inside = self.permits(image.reach, moved)
             return image, jnp.where(inside, work, jnp.inf)

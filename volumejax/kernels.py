@@ -46,9 +46,10 @@ class _Flight(eqx.Module):
     place: PyTree
     """δ in the turned coordinates, like the velocity."""
     velocity: PyTree
+    slope: PyTree
+    """∇E in the turned coordinates."""
+    first_slope: PyTree
     cost: Float[Array, ""]
-    virial: Float[Array, ""]
-    first_virial: Float[Array, ""]
     legal: Bool[Array, ""]
     was_out: Bool[Array, ""]
     bounces: Int[Array, ""]
@@ -71,7 +72,7 @@ def hmc(
     def init(displacement: PyTree) -> Position:
         with jax.enable_x64(True):
             cost = ensemble.value(displacement)
-            return Position(displacement, cost, ensemble.reach(displacement, cost), jnp.full((), jnp.nan, jnp.float64))
+            return Position(displacement, cost, ensemble.reach(displacement, cost), ensemble.no_virials)
 
     def step(
         key: Key[Array, ""], position: Position, num_steps: Any = rung.num_steps, pace: Any = 1.0
@@ -110,7 +111,6 @@ def _trajectory(
         place, velocity, folded = flow(flight.place, flight.velocity, moves)
         displacement = metric.restored(place)
         cost, slope = ensemble.value_and_slope(displacement)
-        virial = tree.dot(displacement, slope)
         slope = metric.turned(slope)
         permitted = ensemble.permits(cost, displacement)
         share = jnp.where((i == 0) | (i == num_steps), jnp.float32(0.5), jnp.float32(1.0)) * h
@@ -121,9 +121,9 @@ def _trajectory(
         return _Flight(
             place=place,
             velocity=jax.tree.map(lambda x, y: jnp.where(permitted, x, y), kicked, bounced),
+            slope=slope,
+            first_slope=jax.tree.map(lambda x, y: jnp.where(moves, x, y), flight.first_slope, slope),
             cost=cost,
-            virial=virial,
-            first_virial=jnp.where(moves, flight.first_virial, virial),
             legal=flight.legal & folded & ~broken & (permitted | ((i < num_steps) & ~flight.was_out)),
             was_out=~permitted,
             bounces=flight.bounces + (~permitted).astype(jnp.int32),
@@ -132,7 +132,7 @@ def _trajectory(
 
     no, yes, none = jnp.zeros((), bool), jnp.ones((), bool), jnp.zeros((), jnp.int32)
     place = metric.turned(start.displacement)
-    begun = _Flight(place, launch, start.cost, start.virial, start.virial, yes, no, none, none)
+    begun = _Flight(place, launch, place, place, start.cost, yes, no, none, none)
     end = jax.lax.fori_loop(jnp.int32(0), num_steps + jnp.int32(1), advance, begun)
     arrived = metric.restored(end.place)
     reach = ensemble.reach(arrived, end.cost)
@@ -144,9 +144,12 @@ def _trajectory(
     )
     acceptance = jnp.where(inside & jnp.isfinite(error), jnp.exp(-jnp.maximum(error, 0.0)), 0.0)
     taken = wide(chance) < acceptance
-    stayed = Position(start.displacement, start.cost, start.reach, end.first_virial)
-    moved = Position(arrived, end.cost, reach, end.virial)
-    position = jax.tree.map(lambda x, y: jnp.where(taken, x, y), moved, stayed)
+    stayed = (start.displacement, start.cost, start.reach, begun.place, end.first_slope)
+    moved = (arrived, end.cost, reach, end.place, end.slope)
+    displacement, cost, reach, place, slope = jax.tree.map(lambda x, y: jnp.where(taken, x, y), moved, stayed)
+    softened = jax.tree.map(jnp.multiply, ensemble.softness(masses), place)
+    virials = jnp.stack([tree.leaf_dots(place, slope), tree.leaf_dots(softened, slope)])
+    position = Position(displacement, cost, reach, virials)
     return position, MoveInfo(acceptance, inside, end.bounces, end.non_finite)
 
 

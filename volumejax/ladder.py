@@ -1,8 +1,9 @@
 r"""From what a pilot saw to a ladder of ensembles: where the rungs stand, how long chains stay, how they move there.
 
-With x = log a the work of a step −dx is (−X + ½ p B) dx: X = ½ a|δ|² is the slope of U and B = δ·∇U − D the effect of
-stretching δ by the p-th part of what a free direction needs. Its variance V at the best p, its memory τ in visits and
-the cost n of a visit set the density of rungs: dissipation ½∫Vτ/ρ and cost ∫nρ are balanced by ρ ∝ √(Vτ/n).
+With x = log a the work of a step −dx is (−X + ½ Σ p B) dx: X = ½ a|δ|² is the slope of U and B the effect of
+stretching a leaf, coordinate by coordinate as soft as it is, by the p-th part of what a free direction needs. Its
+variance V at the best p, its memory τ in visits and the cost n of a visit set the density of rungs: dissipation
+½∫Vτ/ρ and cost ∫nρ are balanced by ρ ∝ √(Vτ/n).
 The part of it that fresh scatter makes leaves Bennett's ratio without bias, so memory gets a larger weight.
 """
 
@@ -11,19 +12,23 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-from volumejax.ensemble import Rung
+from volumejax.ensemble import SHORT, Rung, trajectories
 
-__all__ = ["Survey", "kappa_ladder", "temperature_ladder"]
+__all__ = ["Survey", "best_shares", "kappa_ladder", "temperature_ladder"]
 
 Vector = NDArray[np.float64]
 
 _MOST_RUNGS = 400
-_CROWDED, _FREE = 0.9, 0.97
-"""Shares of trajectories inside, from which the maps stretch at all, and as much as they want to."""
+_PROBE, _LOST = 0.1, 0.01
+"""A map over so much of x may take this share of the chains through the wall."""
 _MEMORY = 3.0
 """What remembered work counts against fresh scatter: both widen the bound, but only the first sets the passes apart."""
 _LONGEST_MEMORY = 20.0
 """Visits, at most, over which chains are taken to remember."""
+_FURTHEST = 2.0
+"""Share of a free direction's stretch that a leaf may be given, either way: one grows while another shrinks."""
+_SHORTEST = 0.25
+"""Share of their length that trajectories keep where the budget does not even do for the rungs."""
 _RELEASE = 1.0
 """Energy that a step up the ladder may put into a chain, in standard deviations of its own."""
 _SETTLING = 0.4
@@ -43,12 +48,15 @@ class Survey:
     Attributes:
         x: log precision, shape (stops,).
         slope: X = ½ a|δ|² of each chain at each visit, for each stop an array of shape (visits, chains).
-        stretching: B = δ·∇U − D, likewise.
+        stretching: B of each leaf, plain and by softness, likewise with a last axis of 2 · leaves.
         leaf_variance: mean square of each leaf's δ, shape (stops, leaves).
+        leaf_sizes: coordinates of each leaf.
         step_size: step that gave the wanted acceptance.
         spread: over how many e-folds steps have to be spread so that no chain is stuck.
-        inside: share of trajectories that the region allowed.
+        room: by how much each chain stayed below the cutoff, nats, likewise without the leaves.
+        rises: the part of B that is the cost's, likewise.
         confined: λ(x) = β(E − C(θ0)), nats.
+        as_one: whether the maps stretch all leaves alike.
         beta: inverse temperature of the κ ladder.
         natural_beta: where the mean cost is the cutoff.
         anchor_cost: C(θ0).
@@ -60,10 +68,13 @@ class Survey:
     slope: list[Vector]
     stretching: list[Vector]
     leaf_variance: Vector
+    leaf_sizes: Vector
     step_size: Vector
     spread: Vector
-    inside: Vector
+    room: list[Vector]
+    rises: list[Vector]
     confined: Vector
+    as_one: bool
     beta: float
     natural_beta: float
     anchor_cost: float
@@ -88,10 +99,13 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
         survey: from the pilot.
         budget: gradients per chain for one pass.
         most_steps: leapfrog steps of a trajectory, at most.
-        escort: largest share p of a free direction's stretch that the maps may take, between 0 and 1.
-        overhead: what a visit costs besides its trajectories, in gradients.
+        escort: share of the best stretch that the maps take at most, between 0 and 1.
+        overhead: what the end of a trajectory costs, in gradients.
     """
-    share, variance, memory = _smooth_work(survey, escort)
+    shares, variance, memory = _smooth_work(survey, escort)
+    # Of ½ a|δ|² the maps take the part that they stretch.
+    squares = survey.leaf_variance * survey.leaf_sizes
+    share = np.sum(shares * np.tile(squares, 2), axis=1) / np.sum(squares, axis=1)
     lengths = trajectory_length(survey.confined, survey.confined[-1])
     steps = np.clip(np.ceil(lengths / survey.typical_step), 2, most_steps)
     high, low = survey.x[0], survey.x[-1]
@@ -100,20 +114,23 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
     def on_grid(values: NDArray[np.floating]) -> Vector:
         return np.interp(-grid, -survey.x, values)
 
+    spreads = on_grid(survey.spreads)
     v, n, tau = (np.exp(on_grid(np.log(values))) for values in (variance, steps, memory))
     floor = np.maximum(np.sqrt(v) / _LARGEST_WORK, 1.0 / _LARGEST_STEP)
     # On the way up a step puts (1 − p) X dx nats into the chain, which must not carry it through the wall.
-    put_in = (1.0 - on_grid(share)) * on_grid(np.array([np.mean(slope) for slope in survey.slope]))
+    put_in = (1.0 - np.clip(on_grid(share), 0.0, 1.0)) * on_grid(np.array([np.mean(slope) for slope in survey.slope]))
     floor = np.maximum(floor, put_in / (_RELEASE * np.sqrt(on_grid(survey.confined)) + 3.0))
     ideal = np.sqrt(v * (1.0 + _MEMORY * (tau - 1.0)) / n)
     width = (high - low) / (len(grid) - 1)
 
     def spent(scale: float) -> float:
-        return float(np.sum(np.maximum(scale * ideal, floor) * (1.0625 * n + 5.0 + overhead)) * width)
+        ends = trajectories(n, spreads)
+        price = n + (ends - 1.0) * np.maximum(n / SHORT, 1.0) + ends * (1.0 + overhead)
+        return float(np.sum(np.maximum(scale * ideal, floor) * price) * width)
 
     if spent(0.0) > budget:
         # Rungs before length: shorter trajectories on a ladder that can be climbed.
-        shorter = np.clip(budget / spent(0.0), 0.25, 1.0)
+        shorter = np.clip(budget / spent(0.0), _SHORTEST, 1.0)
         n, steps = np.maximum(shorter * n, 2.0), np.maximum(shorter * steps, 2.0)
     lower, upper = 0.0, 1e12
     for _ in range(100):
@@ -125,11 +142,11 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
     count = max(int(np.ceil(cumulative[-1] / moves)), 2)
     x = np.interp(np.linspace(0.0, cumulative[-1], count + 1), cumulative, grid)
     precision = np.exp(x)
-    share_x = np.interp(-x, -survey.x, share)
-    stretch = 0.5 * share_x * np.append(x[:-1] - x[1:], 0.0)
+    shares_x = np.stack([np.interp(-x, -survey.x, column) for column in shares.T], axis=1)
+    stretch = 0.5 * shares_x * np.append(x[:-1] - x[1:], 0.0)[:, None]
     if survey.ends_flat:
         precision, x = np.append(precision, 0.0), np.append(x, x[-1])
-        stretch = np.append(stretch, 0.0)
+        stretch = np.concatenate([stretch, np.zeros((1, stretch.shape[1]))])
     masses = np.stack([np.interp(-x, -survey.x, -np.log(column)) for column in survey.leaf_variance.T], axis=1)
     step_size = np.exp(np.interp(-x, -survey.x, np.log(survey.step_size)))
     steps_x = np.exp(np.interp(-x, -survey.x, np.log(steps)))
@@ -146,7 +163,7 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
         spread=from_reference(np.interp(-x, -survey.x, survey.spreads), 0.0),
         num_steps=from_reference(np.asarray(np.round(steps_x), np.float64), 2.0).astype(np.int32),
         num_moves=from_reference(np.full(len(x), float(moves)), 0.0).astype(np.int32),
-        stretch=from_reference(stretch, 0.0),
+        stretch=np.concatenate([np.zeros((1, stretch.shape[1])), stretch]),
     )
 
 
@@ -184,7 +201,7 @@ def temperature_ladder(survey: Survey, *, decades: float, most_steps: int, budge
         spread=np.full(count, survey.spreads[-1]),
         num_steps=steps.astype(np.int32),
         num_moves=np.full(count, moves, np.int32),
-        stretch=np.zeros(count),
+        stretch=np.zeros((count, 2 * len(survey.leaf_sizes))),
     ), above
 
 
@@ -200,7 +217,7 @@ def trajectory_length(confined: Vector, last: float) -> Vector:
 
 
 def _smooth_work(survey: Survey, escort: float) -> tuple[Vector, Vector, Vector]:
-    """Return at each stop the best share p, the variance of the work per unit of x, and its memory in visits.
+    """Return at each stop the best shares p, the variance of the work per unit of x, and its memory in visits.
 
     Moments are taken about the mean over chains, so that drift does not count, then their median over neighbours;
     the last stop, where the chains stay longest, speaks for itself and has the longest memory that is believed.
@@ -209,18 +226,56 @@ def _smooth_work(survey: Survey, escort: float) -> tuple[Vector, Vector, Vector]
     x, b = (
         [v - v.mean(axis=1, keepdims=True) for v in values] for values in (survey.slope, survey.stretching)
     )  # fmt: skip
-    share, variance, memory = np.zeros(stops), np.zeros(stops), np.ones(stops)
+    shares, variance, memory = np.zeros((stops, 2 * len(survey.leaf_sizes))), np.zeros(stops), np.ones(stops)
     for i in range(stops):
         near = list(range(max(i - 2, 0), min(i + 3, stops))) if i < stops - 1 else [i]
-        xb, bb = (np.median([np.mean(u[j] * b[j]) for j in near]) for u in (x, b))
-        share[i] = float(np.clip(2.0 * xb / bb, 0.0, escort)) if bb > 0.0 else 0.0
-        # A map through the wall costs a chain its weight.
-        share[i] *= float(np.clip((np.mean(survey.inside[near]) - _CROWDED) / (_FREE - _CROWDED), 0.0, 1.0))
-        works = [x[j] - 0.5 * share[i] * b[j] for j in near]
+        shares[i] = escort * best_shares([x[j] for j in near], [b[j] for j in near], as_one=survey.as_one)
+        shares[i] *= _bearable(shares[i], survey.room[i], survey.rises[i])
+        works = [x[j] - 0.5 * b[j] @ shares[i] for j in near]
         chains = works[0].shape[1]
         variance[i] = max(float(np.median([np.mean(w**2) for w in works])) * chains / max(chains - 1, 1), 1e-6)
         memory[i] = _memory(works)
-    return share, variance, np.minimum(memory, memory[-1])
+    return shares, variance, np.minimum(memory, memory[-1])
+
+
+def _bearable(shares: Vector, room: Vector, rises: Vector) -> float:
+    """Return the part of a stretch that chains can take: a map through the wall costs one its weight."""
+    rise, room = 0.5 * _PROBE * rises @ shares, np.maximum(room, 0.0)
+    return next((part for part in (1.0, 0.7, 0.5, 0.3, 0.2, 0.1) if np.mean(part * rise > room) <= _LOST), 0.0)
+
+
+def best_shares(slopes: list[Vector], stretchings: list[Vector], *, as_one: bool) -> Vector:
+    """Return the shares p of a free direction's stretch that leave the least variance of the work.
+
+    One share for all is found first; then the leaves part from it, and soft coordinates from stiff ones, each as far as
+    that explains more than chance would.
+
+    Args:
+        slopes: X of each stop, shape (visits, chains).
+        stretchings: B, shape (visits, chains, 2 · leaves).
+        as_one: whether all has to be stretched alike.
+    """
+    count = stretchings[0].shape[-1]
+    leaves = count // 2
+    x = np.concatenate([np.ravel(v - v.mean(axis=1, keepdims=True)) for v in slopes])
+    b = np.concatenate([np.reshape(v - v.mean(axis=1, keepdims=True), (-1, count)) for v in stretchings])
+    known = np.isfinite(x) & np.all(np.isfinite(b), axis=1)
+    x, b = x[known], 0.5 * b[known]
+    total = b[:, :leaves].sum(axis=1)
+    square = float(total @ total)
+    shares = np.zeros(count)
+    shares[:leaves] = float(np.clip(total @ x / square, 0.0, 1.0)) if square > 0.0 else 0.0
+    # Visits follow each other, and the mean over chains is taken off.
+    samples = 0.5 * len(x) * (1.0 - 1.0 / slopes[0].shape[1])
+    for free in () if as_one else (leaves, count):
+        rest = x - b @ shares
+        if free > 1 and samples > 2.0 * free and np.any(rest):
+            apart = np.linalg.lstsq(b[:, :free], rest, rcond=1e-6)[0]
+            explained = 1.0 - float(np.sum((rest - b[:, :free] @ apart) ** 2) / np.sum(rest**2))
+            by_chance = free / samples
+            trust = (explained - by_chance) / max(explained * (1.0 - by_chance), 1e-9)
+            shares[:free] += float(np.clip(trust, 0.0, 1.0)) * apart
+    return np.clip(shares, -_FURTHEST, _FURTHEST)
 
 
 def _memory(works: list[Vector]) -> float:

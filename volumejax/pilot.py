@@ -13,7 +13,7 @@ from jaxtyping import Array, Key
 from volumejax import tree
 from volumejax.annealing import Record, begin, pad, slopes, travel
 from volumejax.ensemble import Ensemble, Position, Rung
-from volumejax.ladder import Survey, trajectory_length
+from volumejax.ladder import Survey, best_shares, trajectory_length
 from volumejax.metric import Metric, fit_metric, plain_metric
 
 __all__ = ["Pilot", "fly"]
@@ -37,8 +37,12 @@ _LEAST_SETTLING, _MOST_SETTLING = 12, 64
 """Visits at the end of the way down, in which β and the metric settle."""
 _LEAST_VISITS, _MOST_VISITS, _LAG = 4, 24, 1.5
 """Visits to each stop on the way up, and the standard errors of B from which on chains count as lagging behind."""
+_HURRY = 2.0
+"""By how much a small budget may thin these out, in visits and, together, in the number of stops."""
 _RECENT, _MOST_NUMBERS = 12, 20_000_000
 """Visits on the way down whose slopes make the metric, and how many numbers are kept for it at most."""
+_POOLED = 4
+"""Stops whose records say together how the maps should stretch."""
 _LEAST_MARGIN = 3.0
 """And by how many nats at least: with few confined directions the energy has an exponential tail."""
 _CHEAP, _CHEAP_SPREAD = 1000, 2.5
@@ -111,39 +115,42 @@ def fly(
     on_progress(_DOWN + _THERE)
     top = flight.reference_precision(beta)
     flight.positions = ends
-    stops = _ascend(flight, _plan(scouts, top), beta, settled, on_progress)
+    # What is left for the way up may not do for all that one would like to know.
+    hurry = float(np.clip(flight.gradients / ((_DOWN + _THERE) * budget), 1.0, _HURRY))
+    stops = _ascend(flight, _plan(scouts, top, hurry), beta, settled, hurry, on_progress)
     return Pilot(_survey(ensemble, stops, beta, natural, anchor_cost), flight.metric, ends, flight.gradients)
 
 
-def _plan(scouts: list[_Stop], top: float) -> list[float]:
+def _plan(scouts: list[_Stop], top: float, hurry: float) -> list[float]:
     """Return where the way up stops, rising: close together where the cost confines, far apart above."""
+    rough, fine = 0.5 * np.sqrt(hurry), 0.2 * np.sqrt(hurry)
     bottom, felt = scouts[-1].x, [stop.x for stop in scouts if stop.confined > 5.0]
     bend = min(max(felt), top) if felt else bottom
-    wide = np.linspace(top, bend, max(int(np.ceil((top - bend) / 0.5)), 1) + 1)
+    wide = np.linspace(top, bend, max(int(np.ceil((top - bend) / rough)), 1) + 1)
     # Closest at the end, where the region may bend.
-    close = bottom + (bend - bottom) * np.linspace(1.0, 0.0, max(int(np.ceil((bend - bottom) / 0.2)), 1) + 1) ** 2
+    close = bottom + (bend - bottom) * np.linspace(1.0, 0.0, max(int(np.ceil((bend - bottom) / fine)), 1) + 1) ** 2
     return sorted({round(float(x), 9) for x in (*wide, *close)})
 
 
 def _ascend(
-    flight: "_Flight", plan: list[float], beta: float, settled: _Stop, on_progress: Callable[[float], None]
-) -> list[_Stop]:
+    flight: "_Flight", plan: list[float], beta: float, settled: _Stop, hurry: float,
+    on_progress: Callable[[float], None],
+) -> list[_Stop]:  # fmt: skip
     """Go back up, with a few visits to each stop, and return the stops in the order of falling x."""
     ensemble, latest = flight.ensemble, settled
+    least, most = (max(round(visits / hurry), 2) for visits in (_LEAST_VISITS, _MOST_VISITS))
     stops = [settled]
     for i, x in enumerate(plan[1:], start=1):
         rise = x - latest.x
-        flight.stretch(-0.5 * _rate(ensemble, latest.record, latest.x, beta)[1] * rise)
+        flight.stretch(-0.5 * _rate([latest.record], [latest.x], flight.as_one)[1] * rise)
         variance = latest.variance * np.exp(-rise)
         confined = flight.confined(beta, latest.record)
         gait, records = latest.gait, []
         # B has no mean where the chains have settled, or a negative one behind a wall; they lag while it is positive.
-        while len(records) < _LEAST_VISITS or (
-            len(records) < _MOST_VISITS and _lags(ensemble, _joined(records[-_LEAST_VISITS:]), x, beta)
-        ):
+        while len(records) < least or (len(records) < most and _lags(ensemble, _joined(records[-least:]), x, beta)):
             records.append(flight.visit(x, beta, gait, variance, confined))
             gait = gait.adapted(records[-1], flight.stuck)
-        record = _joined(records[-_LEAST_VISITS:])
+        record = _joined(records[-least:])
         latest = _Stop(x, beta, gait, _variances(ensemble, record), record)
         stops.append(latest)
         share = _DOWN + _THERE
@@ -182,7 +189,8 @@ def _descend(
         on_progress(_DOWN * min(1.0, flight.gradients / budget))
         if (stiff and x <= 0.0) or (not stiff and np.mean(0.5 * np.exp(x) * record.square[-1]) < 0.02):
             return stops
-        rate, share = _rate(ensemble, record, x, beta)
+        recent = stops[-_POOLED:]
+        rate, shares = _rate([stop.record for stop in recent], [stop.x for stop in recent], flight.as_one)
         width = float(np.clip(_WORK / max(rate, 1e-9), 0.02, 0.5))
         if stiff:
             # A small budget makes the steps longer, but not so long that the wall comes before β can rise.
@@ -191,7 +199,7 @@ def _descend(
         # The next stop confines more.
         beta = max(beta, _target(1.2 * np.exp(width) * stops[-1].confined, flight.bulge(record), room, factor))
         following = max(x - width, 0.0) if stiff else x - width
-        flight.stretch(0.5 * share * (x - following))
+        flight.stretch(0.5 * shares * (x - following))
         variance = variance * np.exp(min(0.5 * (x - following), 0.2))
         x = following
 
@@ -209,7 +217,7 @@ class _Flight:
         self.metric = plain_metric(ensemble.frame.anchor, turns=ensemble.frame.walls is None)
         self.slopes: list[tuple[float, list[np.ndarray]]] = []
         self.positions: Position
-        self.pending = 0.0
+        self.pending = np.zeros(2 * len(jax.tree.leaves(ensemble.frame.anchor)))
         self.memory = np.ones(len(self.chains))
         """Each chain's acceptance of late: near zero where it has been stuck for several moves."""
 
@@ -248,9 +256,14 @@ class _Flight:
             source = np.where(outside, inside[np.arange(len(outside)) % len(inside)], np.arange(len(outside)))
             self.positions = jax.tree.map(lambda p: p[source], self.positions)
 
-    def stretch(self, log_factor: float) -> None:
-        """Scale the displacements on the way to the next stop, where that stays inside."""
-        self.pending = log_factor
+    @property
+    def as_one(self) -> bool:
+        """Whether all leaves have to be stretched alike, so that chains of the star stay on their rays."""
+        return bool(self.ensemble.checks)
+
+    def stretch(self, log_factors: np.ndarray) -> None:
+        """Scale the leaves of the displacements on the way to the next stop, where that stays inside."""
+        self.pending = log_factors
 
     def visit(self, x: float, beta: float, gait: _Gait, variance: np.ndarray, confined: float) -> Record:
         """Let the chains move once and measure them; those that fell outside restart from the others."""
@@ -265,9 +278,9 @@ class _Flight:
             spread=np.full(3, gait.spread),
             num_steps=np.full(3, steps, np.int32),
             num_moves=np.array([0, 1, 1], np.int32),
-            stretch=np.array([self.pending, 0.0, 0.0]),
+            stretch=np.stack([self.pending, 0.0 * self.pending, 0.0 * self.pending]),
         )
-        self.pending = 0.0
+        self.pending = 0.0 * self.pending
         self.positions, record = travel(
             self.ensemble, self.metric, self.key, self.positions, pad(rung), [0, 1, 1], self.visits, self.batch_size
         )
@@ -299,7 +312,7 @@ class _Flight:
         They obey E B = 0, so that δ·∇E would then be larger by −B/β, and E with it.
         """
         confined = self.confined(beta, record)
-        stretching = float(np.mean(_parts(self.ensemble, record, x, beta)[1]))
+        stretching = float(np.mean(_stretchings(self.ensemble, record, x, beta)))
         certain = np.sign(stretching) * max(abs(stretching) - _PRESSED * np.sqrt(self.ensemble.dimension), 0.0)
         felt = beta * float(np.mean(record.virial))
         if not (np.isfinite(certain) and felt > 0.0):
@@ -308,7 +321,7 @@ class _Flight:
 
     def pressed(self, record: Record, x: float, beta: float) -> bool:
         """Whether the wall is felt: B, which has no mean without one, is far below zero."""
-        stretching = _parts(self.ensemble, record, x, beta)[1].ravel()
+        stretching = _stretchings(self.ensemble, record, x, beta).ravel()
         return bool(np.mean(stretching) < -_PRESSED * np.sqrt(self.ensemble.dimension))
 
     def bulge(self, record: Record) -> float:
@@ -374,16 +387,17 @@ class _Flight:
 
 def _variances(ensemble: Ensemble, record: Record) -> np.ndarray:
     """Return each leaf's mean square of δ, never zero."""
-    sizes = np.array([max(x.size, 1) for x in jax.tree.leaves(ensemble.frame.anchor)])
-    squares = record.leaf_squares.mean(axis=(0, 1)) / sizes
+    squares = record.leaf_squares.mean(axis=(0, 1)) / _leaf_sizes(ensemble)
     return np.maximum(squares, 1e-12 * squares.max() + 1e-300)
 
 
-def _parts(ensemble: Ensemble, record: Record, x: float, beta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return X and B of each visit and chain."""
-    a = np.exp(x)
-    stretching = beta * record.virial + a * record.square + record.pulled - tree.size(ensemble.frame.anchor)
-    return 0.5 * a * record.square, stretching
+def _leaf_sizes(ensemble: Ensemble) -> np.ndarray:
+    return np.array([max(x.size, 1) for x in jax.tree.leaves(ensemble.frame.anchor)])
+
+
+def _stretchings(ensemble: Ensemble, record: Record, x: float, beta: float) -> np.ndarray:
+    """Return B = δ·∇U − D of each visit and chain."""
+    return beta * record.virial + np.exp(x) * record.square + record.pulled - tree.size(ensemble.frame.anchor)
 
 
 def _joined(records: list[Record]) -> Record:
@@ -391,21 +405,16 @@ def _joined(records: list[Record]) -> Record:
 
 
 def _lags(ensemble: Ensemble, record: Record, x: float, beta: float) -> bool:
-    stretching = _parts(ensemble, record, x, beta)[1].ravel()
+    stretching = _stretchings(ensemble, record, x, beta).ravel()
     return bool(np.mean(stretching) > _LAG * np.std(stretching) / np.sqrt(len(stretching)))
 
 
-def _rate(ensemble: Ensemble, record: Record, x: float, beta: float) -> tuple[float, float]:
-    """Return the standard deviation of the work per unit of x at the best stretch, and that share."""
-    slope, stretching = _parts(ensemble, record, x, beta)
-    slope, stretching = slope.ravel(), stretching.ravel()
-    good = np.isfinite(stretching)
-    if good.sum() < 3:
-        return 1.0, 0.0
-    slope, stretching = slope[good], stretching[good]
-    covariance, variance = np.cov(slope, stretching)[0, 1], np.var(stretching, ddof=1)
-    share = float(np.clip(2.0 * covariance / variance, 0.0, 1.0)) if variance > 0.0 else 0.0
-    return float(np.std(slope - 0.5 * share * stretching, ddof=1)), share
+def _rate(records: list[Record], xs: list[float], as_one: bool) -> tuple[float, np.ndarray]:
+    """Return the standard deviation of the last record's work per unit of x at the best stretch, and the leaves'."""
+    slopes = [0.5 * np.exp(x) * record.square for record, x in zip(records, xs, strict=True)]
+    shares = best_shares(slopes, [record.stretchings for record in records], as_one=as_one)
+    work = slopes[-1] - 0.5 * np.nan_to_num(records[-1].stretchings) @ shares
+    return float(np.std(work, ddof=1)), shares
 
 
 def _smooth_steps(steps: np.ndarray) -> np.ndarray:
@@ -418,16 +427,18 @@ def _smooth_steps(steps: np.ndarray) -> np.ndarray:
 def _survey(
     ensemble: Ensemble, stops: list[_Stop], beta: float, natural: float, anchor_cost: float
 ) -> Survey:  # fmt: skip
-    parts = [_parts(ensemble, stop.record, stop.x, beta) for stop in stops]
     return Survey(
         x=np.array([stop.x for stop in stops]),
-        slope=[slope for slope, _ in parts],
-        stretching=[np.nan_to_num(stretching) for _, stretching in parts],
+        slope=[0.5 * np.exp(stop.x) * stop.record.square for stop in stops],
+        stretching=[np.nan_to_num(stop.record.stretchings) for stop in stops],
         leaf_variance=np.stack([stop.variance for stop in stops]),
+        leaf_sizes=_leaf_sizes(ensemble),
         step_size=_smooth_steps(np.array([stop.gait.step for stop in stops])),
         spread=np.array([stop.gait.spread for stop in stops]),
-        inside=np.array([float(np.mean(stop.record.inside)) for stop in stops]),
+        room=[float(ensemble.cutoff) - stop.record.reach for stop in stops],
+        rises=[np.nan_to_num(stop.record.rises) for stop in stops],
         confined=np.array([max(beta * (float(np.mean(stop.record.cost)) - anchor_cost), 0.0) for stop in stops]),
+        as_one=bool(ensemble.checks),
         beta=beta,
         natural_beta=natural,
         anchor_cost=anchor_cost,

@@ -60,7 +60,7 @@ class Tally:
         self.kappa, self.temperature, self.joint = kappa, temperature, joint
         self.log_reference, self.chains, self.anchor_cost = log_reference, chains, anchor_cost
         shape = (2, len(kappa.precision), chains)
-        skipped = ("leaf_squares", "permitted")
+        skipped = ("leaf_squares", "stretchings", "rises", "permitted")
         self.kappa_seen = {name: np.full(shape, np.nan) for name in Record._fields if name not in skipped}
         self.squares: list[dict[int, Vector]] = [{}, {}]
         """Of each pass and rung: the leaves' |δ|², shape (chains, leaves)."""

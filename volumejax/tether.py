@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from volumejax import tree
 from volumejax.annealing import MOST_VISITS, Record, begin, pad, travel
-from volumejax.ensemble import TRAJECTORIES, Ensemble, Position, Rung
+from volumejax.ensemble import Ensemble, Position, Rung
 from volumejax.frames import frame_of
 from volumejax.ladder import kappa_ladder, temperature_ladder
 from volumejax.metric import Metric
@@ -278,7 +278,7 @@ class _Run:
             budget=_KAPPA * self.budget,
             most_steps=_MOST_STEPS,
             escort=self.escort,
-            overhead=TRAJECTORIES * ensemble.checks / (_FORWARDS * len(ensemble.guides)),
+            overhead=ensemble.checks / (_FORWARDS * len(ensemble.guides)),
         )
         temperature, joint = temperature_ladder(
             pilot.survey, decades=self.decades, most_steps=_MOST_STEPS, budget=_TEMPERATURE * self.budget

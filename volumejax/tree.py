@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
-__all__ = ["axpy", "broadcast_to", "check_floating", "dot", "is_traced", "normal_like", "size", "wide"]
+__all__ = ["axpy", "broadcast_to", "check_floating", "dot", "is_traced", "leaf_dots", "normal_like", "size", "wide"]
 
 
 def check_floating(tree: PyTree, name: str) -> None:
@@ -44,10 +44,16 @@ def size(tree: PyTree) -> int:
 def dot(a: PyTree, b: PyTree) -> Float[Array, ""]:
     """Return the inner product of two trees of equal structure, summed in float64."""
     with jax.enable_x64(True):
+        return jnp.sum(leaf_dots(a, b)) if jax.tree.leaves(a) else jnp.zeros((), jnp.float64)
+
+
+def leaf_dots(a: PyTree, b: PyTree) -> Float[Array, "leaves"]:
+    """Return the inner product of each leaf of `a` with its partner in `b`, in float64."""
+    with jax.enable_x64(True):
         # The product is taken in float64 too: it fuses into the reduction, and float32 products would each
         # carry an error that a common factor turns into a bias of D·2⁻²⁵ nats.
-        terms = jax.tree.map(lambda x, y: jnp.sum(wide(x) * wide(y)), a, b)
-        return jax.tree.reduce(jnp.add, terms, jnp.zeros((), jnp.float64))
+        pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        return jnp.stack([jnp.sum(wide(x) * wide(y)) for x, y in pairs])
 
 
 def axpy(scale: ArrayLike, direction: PyTree, origin: PyTree) -> PyTree:
