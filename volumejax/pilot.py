@@ -392,7 +392,7 @@ def _variances(ensemble: Ensemble, record: Record) -> np.ndarray:
 
 
 def _leaf_sizes(ensemble: Ensemble) -> np.ndarray:
-    return np.array([max(x.size, 1) for x in jax.tree.leaves(ensemble.frame.anchor)])
+    return np.array([max(x.size, 1) for x in jax.tree.leaves(ensemble.frame.anchor)], np.float64)
 
 
 def _stretchings(ensemble: Ensemble, record: Record, x: float, beta: float) -> np.ndarray:
