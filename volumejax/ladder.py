@@ -25,6 +25,8 @@ _MEMORY = 3.0
 """What remembered work counts against fresh scatter: both widen the bound, but only the first sets the passes apart."""
 _LONGEST_MEMORY = 20.0
 """Visits, at most, over which chains are taken to remember."""
+_PER_SHARE, _SURE = 8.0, 3.0
+"""Works that tell one share of a stretch, and standard errors from which on a mean of B is no chance."""
 _FURTHEST = 2.0
 """Share of a free direction's stretch that a leaf may be given, either way: one grows while another shrinks."""
 _SHORTEST = 0.25
@@ -229,8 +231,11 @@ def _smooth_work(survey: Survey, escort: float) -> tuple[Vector, Vector, Vector]
     shares, variance, memory = np.zeros((stops, 2 * len(survey.leaf_sizes))), np.zeros(stops), np.ones(stops)
     for i in range(stops):
         near = list(range(max(i - 2, 0), min(i + 3, stops))) if i < stops - 1 else [i]
-        shares[i] = escort * best_shares([x[j] for j in near], [b[j] for j in near], as_one=survey.as_one)
-        shares[i] *= _bearable(shares[i], survey.room[i], survey.rises[i])
+        # The best stretch changes from stop to stop: as few of them as tell it.
+        rings = [[j for j in near if abs(i - j) <= r] for r in range(3)]
+        told = next((ring for ring in rings if _samples([x[j] for j in ring]) > _PER_SHARE * shares.shape[1]), near)
+        shares[i] = escort * best_shares([x[j] for j in told], [b[j] for j in told], as_one=survey.as_one)
+        shares[i] *= _bearable(shares[i], survey.room[i], survey.rises[i], survey.stretching[i])
         works = [x[j] - 0.5 * b[j] @ shares[i] for j in near]
         chains = works[0].shape[1]
         variance[i] = max(float(np.median([np.mean(w**2) for w in works])) * chains / max(chains - 1, 1), 1e-6)
@@ -238,10 +243,23 @@ def _smooth_work(survey: Survey, escort: float) -> tuple[Vector, Vector, Vector]
     return shares, variance, np.minimum(memory, memory[-1])
 
 
-def _bearable(shares: Vector, room: Vector, rises: Vector) -> float:
-    """Return the part of a stretch that chains can take: a map through the wall costs one its weight."""
-    rise, room = 0.5 * _PROBE * rises @ shares, np.maximum(room, 0.0)
-    return next((part for part in (1.0, 0.7, 0.5, 0.3, 0.2, 0.1) if np.mean(part * rise > room) <= _LOST), 0.0)
+def _samples(slopes: list[Vector]) -> float:
+    """Return for how many independent works those of stops count: visits follow each other, means are taken off."""
+    return 0.5 * sum(v.size for v in slopes) * (1.0 - 1.0 / slopes[0].shape[1])
+
+
+def _bearable(shares: Vector, room: Vector, rises: Vector, stretchings: Vector) -> float:
+    """Return the part of a stretch that chains can take: a map through the wall costs one its weight.
+
+    Where the cost rises towards the wall its slope tells which chains would be lost. Any other wall shows in the mean
+    of B, which is less than zero by the share of chains that a stretch drives through it.
+    """
+    stretch = 0.5 * _PROBE * shares
+    rise, room = rises @ stretch, np.maximum(room, 0.0)
+    flows = np.reshape(stretchings, (-1, len(shares))) @ stretch
+    through = -float(np.mean(flows) + _SURE * np.std(flows) / np.sqrt(0.5 * len(flows)))
+    parts = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
+    return next((p for p in parts if np.mean(p * rise > room) <= _LOST and p * through <= _LOST), 0.0)
 
 
 def best_shares(slopes: list[Vector], stretchings: list[Vector], *, as_one: bool) -> Vector:
@@ -265,8 +283,7 @@ def best_shares(slopes: list[Vector], stretchings: list[Vector], *, as_one: bool
     square = float(total @ total)
     shares = np.zeros(count)
     shares[:leaves] = float(np.clip(total @ x / square, 0.0, 1.0)) if square > 0.0 else 0.0
-    # Visits follow each other, and the mean over chains is taken off.
-    samples = 0.5 * len(x) * (1.0 - 1.0 / slopes[0].shape[1])
+    samples = _samples(slopes)
     for free in () if as_one else (leaves, count):
         rest = x - b @ shares
         if free > 1 and samples > 2.0 * free and np.any(rest):

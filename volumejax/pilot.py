@@ -38,7 +38,7 @@ _LEAST_SETTLING, _MOST_SETTLING = 12, 64
 _LEAST_VISITS, _MOST_VISITS, _LAG = 4, 24, 1.5
 """Visits to each stop on the way up, and the standard errors of B from which on chains count as lagging behind."""
 _HURRY = 2.0
-"""By how much a small budget may thin these out, in visits and, together, in the number of stops."""
+"""By how much a budget that is twice overspent may thin these out, in visits and, together, in the number of stops."""
 _RECENT, _MOST_NUMBERS = 12, 20_000_000
 """Visits on the way down whose slopes make the metric, and how many numbers are kept for it at most."""
 _POOLED = 4
@@ -49,6 +49,12 @@ _CHEAP, _CHEAP_SPREAD = 1000, 2.5
 """Below so many dimensions steps are spread over so many e-folds: where regions have arms, no one step fits."""
 _PRESSED = 3.0
 """Mean of B, in roots of D, that says that the wall is felt."""
+_INFINITE = (
+    "the region looks unbounded and the prior is improper, so the mass is infinite; use a proper prior such as "
+    "vj.Gaussian, vj.UniformBox or vj.UniformBall"
+)
+_ENDLESS = -40.0
+"""log a at which a tether that still holds back chains holds them e²⁰ times as far out as the parameters are large."""
 _UNBOUNDED, _WINDOW = 1.25, 20
 """A region without an end lets |δ|² grow by this factor in so many visits, time after time."""
 
@@ -116,7 +122,7 @@ def fly(
     top = flight.reference_precision(beta)
     flight.positions = ends
     # What is left for the way up may not do for all that one would like to know.
-    hurry = float(np.clip(flight.gradients / ((_DOWN + _THERE) * budget), 1.0, _HURRY))
+    hurry = float(np.clip(0.5 * flight.gradients / ((_DOWN + _THERE) * budget), 1.0, _HURRY))
     stops = _ascend(flight, _plan(scouts, top, hurry), beta, settled, hurry, on_progress)
     return Pilot(_survey(ensemble, stops, beta, natural, anchor_cost), flight.metric, ends, flight.gradients)
 
@@ -189,6 +195,8 @@ def _descend(
         on_progress(_DOWN * min(1.0, flight.gradients / budget))
         if (stiff and x <= 0.0) or (not stiff and np.mean(0.5 * np.exp(x) * record.square[-1]) < 0.02):
             return stops
+        if x < _ENDLESS:
+            raise ValueError(_INFINITE)
         recent = stops[-_POOLED:]
         rate, shares = _rate([stop.record for stop in recent], [stop.x for stop in recent], flight.as_one)
         width = float(np.clip(_WORK / max(rate, 1e-9), 0.02, 0.5))
@@ -351,10 +359,7 @@ class _Flight:
             earlier, latest = np.mean(squares[: len(squares) // 2]), np.mean(squares[-len(squares) // 4 :])
             if len(squares) >= _WINDOW and latest < _UNBOUNDED * earlier:
                 return
-        raise ValueError(
-            "the region looks unbounded and the prior is improper, so the mass is infinite; use a proper prior such as "
-            "vj.Gaussian, vj.UniformBox or vj.UniformBall"
-        )
+        raise ValueError(_INFINITE)
 
     def settle_beta(self, stop: _Stop, room: float, factor: float, until: float) -> tuple[float, float, _Stop]:
         """Return β of the κ ladder, the natural β and the last stop as the chains see it once they have settled there.
