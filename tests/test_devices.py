@@ -13,6 +13,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -92,6 +93,17 @@ class TestEightDevices:
         mesh = make_mesh((2, 4), ("rays", "model"))
         spread_out = jax.device_put(PARAMS, NamedSharding(mesh, PartitionSpec("model")))
         assert_same(measure(spread_out, mesh), measure(PARAMS))
+
+    @pytest.mark.parametrize("optimizer", [optax.adam(0.1), optax.adafactor(0.1, min_dim_size_to_factor=2)])
+    def test_moments_of_spread_parameters(self, optimizer):
+        def moments(params):
+            _, state = optimizer.update(params, optimizer.init(params), params)
+            return vj.second_moments(state, params)
+
+        mesh = make_mesh((2, 4), ("rays", "model"))
+        there = moments(jax.device_put(PARAMS, NamedSharding(mesh, PartitionSpec("model"))))
+        assert all(len(leaf.sharding.device_set) == COUNT for leaf in jax.tree.leaves(there))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), there, moments(PARAMS))
 
     def test_chains_are_spread_and_say_the_same(self):
         def measure_chains(mesh=None):
