@@ -53,7 +53,9 @@ def main() -> None:
     curvature = vj.diagonal_ggn(task.apply_fn, task.params, task.inputs)
     proposals = {
         "isotropic": vj.Isotropic(),
-        "Adam, damping 1e-3": vj.adam_proposal(task.opt_state, task.params, PRIOR),
+        "Adam, damping 1e-3": vj.damped_proposal(
+            vj.second_moments(task.opt_state, task.params), task.params, damping=1e-3
+        ),
         "diagonal GGN, β = 2e4": vj.curvature_proposal(curvature, task.params, PRIOR, beta=2e4, shift=False),
     }
     rows = [

@@ -122,7 +122,7 @@ for seed in (0, 1, 2):
 # directions, so that the target stays the same.
 
 # %%
-adam = shoot(vj.adam_proposal(task.opt_state, task.params, prior, damping=1e-3))
+adam = shoot(vj.damped_proposal(vj.second_moments(task.opt_state, task.params), task.params, damping=1e-3))
 print(adam.summary())
 
 # %% [markdown]

@@ -19,6 +19,7 @@ from scipy import stats
 
 from volumejax import tree
 from volumejax.logmath import log_sphere_area
+from volumejax.low_rank import LowRank, LowRankPrecision
 from volumejax.proposals import Dense, Diagonal, Isotropic
 from volumejax.radial import radial
 
@@ -36,6 +37,9 @@ def rotated(spectrum, seed=0):
 
 COVARIANCE = rotated([3.0, 1.5, 1.0, 0.6, 0.3])
 FACTOR = np.linalg.cholesky(COVARIANCE)
+# The third factor repeats the first: factors need not be independent.
+ROWS = np.array([[0.5, -0.2, 0.1, 0.3, 0.0], [0.0, 0.4, -0.6, 0.1, 0.2], [0.5, -0.2, 0.1, 0.3, 0.0]])
+FACTORS = {"a": jnp.asarray(ROWS[:, :3], jnp.float32), "b": jnp.asarray(ROWS[:, 3:], jnp.float32)}
 CASES = {
     "isotropic": (Isotropic(), np.zeros(D), np.eye(D)),
     "scalar": (Diagonal(0.5), np.zeros(D), 0.25 * np.eye(D)),
@@ -51,6 +55,18 @@ CASES = {
     ),
     "dense": (Dense(FACTOR), np.zeros(D), COVARIANCE),
     "dense with mean": (Dense(jnp.asarray(FACTOR, jnp.float32), MEAN), FLAT_MEAN, COVARIANCE),
+    "low rank": (LowRank(0.5, FACTORS), np.zeros(D), 0.25 * np.eye(D) + ROWS.T @ ROWS),
+    "low rank with mean": (
+        LowRank({"a": 0.5, "b": jnp.array([0.8, 1.2])}, FACTORS, MEAN),
+        FLAT_MEAN,
+        np.diag([0.25, 0.25, 0.25, 0.64, 1.44]) + ROWS.T @ ROWS,
+    ),
+    "low rank precision": (LowRankPrecision(1.5, FACTORS), np.zeros(D), np.linalg.inv(1.5 * np.eye(D) + ROWS.T @ ROWS)),
+    "low rank precision with mean": (
+        LowRankPrecision({"a": 1.5, "b": jnp.array([0.8, 1.2])}, FACTORS, MEAN),
+        FLAT_MEAN,
+        np.linalg.inv(np.diag([1.5, 1.5, 1.5, 0.8, 1.2]) + ROWS.T @ ROWS),
+    ),
 }
 DRAWS = 8_000
 
@@ -171,7 +187,8 @@ def test_ill_conditioned_factors_keep_the_density_of_their_draws():
 
 def test_half_precision_parameters_get_single_precision_directions():
     halves = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
-    for proposal in (Isotropic(), Diagonal(halves["a"][0], halves), Dense(FACTOR, halves)):
+    low_rank = LowRank(halves["a"][0], jax.tree.map(lambda f: f.astype(jnp.bfloat16), FACTORS), halves)
+    for proposal in (Isotropic(), Diagonal(halves["a"][0], halves), Dense(FACTOR, halves), low_rank):
         draw = proposal.draw(jax.random.key(0), halves)
         assert {leaf.dtype for leaf in jax.tree.leaves(draw.direction)} == {jnp.dtype("float32")}
         assert all(leaf.dtype == jnp.float64 for leaf in (draw.log_density, draw.slope, draw.curvature))
@@ -220,6 +237,32 @@ def test_a_factor_may_be_made_or_used_inside_a_transformation():
     ],
 )
 def test_proposals_that_do_not_fit(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LowRank(-0.5, FACTORS).check(PARAMS), r"LowRank scale\['a'\] must be positive and finite"),
+        (lambda: LowRankPrecision(0.0, FACTORS).check(PARAMS), r"LowRankPrecision scale\['a'\] must be positive"),
+        (lambda: LowRank(1.0, {"a": jnp.ones((2, 3)), "b": jnp.ones((1, 2))}), r"leaves of shape \(rank, \*leaf shape"),
+        (lambda: LowRank(1.0, jnp.ones(())), r"leaves of shape \(rank, \*leaf shape\), got shapes \[\(\)\]"),
+        (lambda: LowRank(1.0, jnp.zeros((0, 3))), "stack the factors along a new first axis"),
+        (lambda: LowRank(1.0, jnp.ones((2, 5))).check(PARAMS), "LowRank factors are a pytree of another structure"),
+        (
+            lambda: LowRank(1.0, {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}).check(PARAMS),
+            r"LowRank factors\['a'\] have shape \(2, 2\), the parameter there has shape \(3,\)",
+        ),
+        (
+            lambda: LowRankPrecision(1.0, jax.tree.map(lambda f: f * jnp.nan, FACTORS)).check(PARAMS),
+            "LowRankPrecision factors must be finite",
+        ),
+        (lambda: LowRank({"a": 1.0}, FACTORS), "LowRank scale is a pytree of another structure"),
+        (lambda: LowRank(1.0, FACTORS, jnp.zeros(5)), "LowRank mean is a pytree of another structure"),
+    ],
+)
+def test_low_rank_proposals_that_do_not_fit(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 

@@ -13,8 +13,9 @@ import pytest
 import scipy.optimize
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from jax.flatten_util import ravel_pytree
 
+from volumejax.eigenpairs import Eigenpairs
+from volumejax.low_rank import LowRankPrecision
 from volumejax.priors import Gaussian, Lebesgue, UniformBox
 from volumejax.proposals import Dense, Diagonal
 from volumejax.tuning import adam_proposal, curvature_proposal, damped_proposal, matching_beta
@@ -31,13 +32,27 @@ H = np.array([0.1, 7.0, 4.0, 0.0, 1.0, 100.0])
 
 
 def flat(tree):
-    return np.asarray(ravel_pytree(tree)[0], np.float64)
+    return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
 
 
 def hessian(seed=0, rank=4):
     """A random positive semidefinite matrix."""
     factor = np.random.default_rng(seed).normal(size=(6, rank))
     return factor @ factor.T
+
+
+def eigenpairs_of(matrix, rank=4):
+    """The largest eigenpairs of a matrix in the order of ravel_pytree, as a pytree."""
+    if not np.all(np.isfinite(matrix)):
+        values, vectors = np.full(6, np.nan), np.full((6, 6), np.nan)
+    else:
+        values, vectors = np.linalg.eigh(matrix)
+    rows = jnp.asarray(vectors[:, ::-1][:, :rank].T, jnp.float32)
+    values = jnp.asarray(values[::-1][:rank], jnp.float32)
+    return Eigenpairs(values, {"b": rows[:, :2], "w": rows[:, 2:].reshape(rank, 2, 2)}, jnp.zeros(rank))
+
+
+PAIRS = eigenpairs_of(hessian())
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +112,49 @@ def test_flat_priors_have_no_precision():
         np.testing.assert_allclose(flat(proposal.scale), 1 / np.sqrt(2 * (H + 0.5)), rtol=1e-6)
         dense = curvature_proposal(np.diag(H + 0.5), PARAMS, prior, beta=2.0)
         np.testing.assert_allclose(np.diag(dense.cholesky), 1 / np.sqrt(2 * (H + 0.5)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.0, 3.0, 1e3])
+@pytest.mark.parametrize("shift", [True, False])
+def test_eigenpairs_are_the_tempered_posterior(beta, shift):
+    """Alone, with the rest of the diagonal, and with a diagonal below what they explain. Mutations: √λ for λ, the
+    diagonal counted twice, μ without Σ's low-rank part."""
+    prior = Gaussian(SIGMA, MEAN)
+    explained = hessian()
+    spare = np.array([0.0, 2.0, 1.0, 0.0, 5.0, 0.5])
+    rest = {"b": jnp.asarray((np.diag(explained) + spare)[:2], jnp.float32),
+            "w": jnp.asarray((np.diag(explained) + spare)[2:].reshape(2, 2), jnp.float32)}  # fmt: skip
+    cases = [
+        (curvature_proposal(PAIRS, PARAMS, prior, beta=beta, shift=shift), explained),
+        (curvature_proposal(rest, PARAMS, prior, eigenpairs=PAIRS, beta=beta, shift=shift), explained + np.diag(spare)),
+        (curvature_proposal(0.0, PARAMS, prior, eigenpairs=PAIRS, beta=beta, shift=shift), explained),
+    ]
+    for proposal, h in cases:
+        assert isinstance(proposal, LowRankPrecision)
+        proposal.check(PARAMS)
+        covariance = np.linalg.inv(beta * h + np.diag(LAMBDA))
+        applied = [flat(proposal.apply_covariance(unravelled(row))) for row in np.eye(6)]
+        np.testing.assert_allclose(applied, covariance, rtol=1e-4, atol=3e-6)
+        if shift:
+            np.testing.assert_allclose(flat(proposal.mean), -covariance @ (LAMBDA * (THETA - CENTRE)), atol=1e-5)
+        else:
+            assert proposal.mean is None
+
+
+@pytest.mark.parametrize("cutoff", [1e-3, 0.3])
+def test_eigenpairs_match_the_cutoff_as_the_whole_matrix_does(cutoff):
+    prior = Gaussian(SIGMA, MEAN)
+    for shift in (True, False):
+        dense = curvature_proposal(hessian(), PARAMS, prior, cutoff=cutoff, shift=shift)
+        pairs = curvature_proposal(PAIRS, PARAMS, prior, cutoff=cutoff, shift=shift)
+        covariance = np.asarray(dense.cholesky, np.float64) @ np.asarray(dense.cholesky, np.float64).T
+        applied = [flat(pairs.apply_covariance(unravelled(row))) for row in np.eye(6)]
+        np.testing.assert_allclose(applied, covariance, rtol=1e-3, atol=1e-5)
+
+
+def unravelled(row):
+    row = jnp.asarray(row, jnp.float32)
+    return {"b": row[:2], "w": row[2:].reshape(2, 2)}
 
 
 def test_one_parameter_and_square_parameters():
@@ -170,8 +228,12 @@ def test_adam_moments_are_bias_corrected():
     # Adam's own step counter mixes dtypes.
     with jax.numpy_dtype_promotion("standard"):
         _, state = optimizer.update(DIAGONAL, optimizer.init(PARAMS))
-    proposal = adam_proposal(state, PARAMS, Gaussian(1.0), damping=0.1, b2=0.9)
-    np.testing.assert_allclose(flat(proposal.scale), 1 / (H + 0.1), rtol=1e-5)
+    prior = Gaussian(SIGMA, MEAN)
+    proposal = adam_proposal(state, PARAMS, prior, beta=3.0, damping=0.1, exponent=0.4, gradient_batch=2, b2=0.9)
+    covariance = 1.0 / (3.0 * 2 * (H**0.8 + 0.1) ** 2 + LAMBDA)
+    np.testing.assert_allclose(flat(proposal.scale) ** 2, covariance, rtol=1e-5)
+    np.testing.assert_allclose(flat(proposal.mean), -covariance * LAMBDA * (THETA - CENTRE), rtol=1e-5)
+    assert adam_proposal(state, PARAMS, prior, cutoff=0.1, shift=False).mean is None
 
 
 @pytest.mark.parametrize(
@@ -221,7 +283,17 @@ def test_adam_moments_are_bias_corrected():
             "curvature is a pytree of another structure",
         ),
         (lambda: curvature_proposal(DIAGONAL, PARAMS, Gaussian({"w": 1.0}), beta=1.0), "Gaussian sigma"),
-        (lambda: adam_proposal(optax.sgd(0.1).init(PARAMS), PARAMS, Gaussian(1.0)), "Adam"),
+        (lambda: adam_proposal(optax.sgd(0.1).init(PARAMS), PARAMS, Gaussian(1.0), beta=1.0), "Adam"),
+        (lambda: adam_proposal(None, PARAMS, Gaussian(1.0), beta=1.0, damping=-0.1), "damping must not be negative"),
+        (lambda: adam_proposal(None, PARAMS, Gaussian(1.0), beta=1.0, gradient_batch=0), "gradient_batch must be at"),
+        (lambda: curvature_proposal(hessian(), PARAMS, Gaussian(1.0), beta=1.0, eigenpairs=PAIRS), "holds its eigenp"),
+        (lambda: curvature_proposal(PAIRS, PARAMS, Gaussian(1.0), beta=1.0, eigenpairs=PAIRS), "given twice"),
+        (lambda: curvature_proposal(PAIRS, PARAMS, Lebesgue(), beta=1.0), "not positive; raise beta or use a proper"),
+        (lambda: curvature_proposal(PAIRS, PARAMS["w"], Gaussian(1.0), beta=1.0), "vectors of eigenpairs do not have"),
+        (
+            lambda: curvature_proposal(eigenpairs_of(np.full((6, 6), np.nan)), PARAMS, Gaussian(1.0), beta=1.0),
+            "NaN or infinite entries",
+        ),
     ],
 )
 def test_misuse_is_refused_with_a_remedy(call, message):

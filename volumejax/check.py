@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
+from volumejax.low_rank import LowRankPrecision
 from volumejax.proposals import Dense, Diagonal, Isotropic
 from volumejax.rays import ray_volume
 from volumejax.reference import Reference, ellipsoid, quadratic, rank_one, shell, tanh_neuron
@@ -158,7 +159,7 @@ def _attack(case: Case | ChainCase, problem: Reference, num_rays: int, seed: int
     return estimate, float(problem.star_log_mass), "matched rays" if case.matched else "isotropic rays"
 
 
-def _proposal(case: Case, problem: Reference) -> Isotropic | Diagonal | Dense:
+def _proposal(case: Case, problem: Reference) -> Isotropic | Diagonal | Dense | LowRankPrecision:
     if not case.matched:
         return Isotropic()
     return curvature_proposal(

@@ -107,15 +107,22 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     try:
         with terminal.Reporter(out) as reporter:
-            from volumejax.experiment import prepare, run_experiment
+            if config.is_series:
+                from volumejax.series import prepare_series, run_series
 
-            setting = prepare(config, reporter)
+                setting = prepare_series(config, reporter)
+                rows, wanted = run_series(setting, reporter), setting.num_rows
+            else:
+                from volumejax.experiment import prepare, run_experiment
+
+                setting = prepare(config, reporter)
+                rows, wanted = run_experiment(setting, reporter), len(config.proposals) + len(config.tethers)
             facts = {
                 "task": setting.facts(),
                 "versions": records.describe_versions(),
                 "hardware": records.describe_hardware(),
             }
-            for row in run_experiment(setting, reporter):
+            for row in rows:
                 seconds = {**setting.seconds, "total": time.perf_counter() - began}
                 run = run.model_copy(update={**facts, "rows": (*run.rows, row), "seconds": seconds})
                 records.write_run(directory, run)
@@ -133,7 +140,7 @@ def _run(arguments: argparse.Namespace) -> int:
         _complain("interrupted before the first result; nothing to keep")
         return INTERRUPTED
 
-    complete = len(run.rows) == len(config.proposals) + len(config.tethers) and all(row.complete for row in run.rows)
+    complete = len(run.rows) == wanted and all(row.complete for row in run.rows)
     run = run.model_copy(update={"complete": complete})
     records.write_run(directory, run)
     _show(run, report.publish(directory, run))
@@ -145,6 +152,10 @@ def _plan(config: "Config") -> str:
     parts = []
     if config.proposals:
         parts.append(f"{_counted(len(config.proposals), 'proposal')}, {config.num_rays} rays each")
+    if config.cutoffs:
+        parts.append(_counted(len(config.cutoffs), "cutoff"))
+    if config.checkpoints is not None:
+        parts.append(_counted(config.checkpoints, "checkpoint"))
     if config.tethers:
         efforts = ", ".join(f"{effort:g}" for effort in sorted({entry.effort for entry in config.tethers}))
         parts.append(f"{_counted(len(config.tethers), 'tether')}, effort {efforts}")

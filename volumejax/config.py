@@ -152,8 +152,23 @@ class DenseGGNProposal(_Proposal):
         return f"dense GGN {_tempered(self.beta, self.shift)}"
 
 
+class TunedProposal(_Proposal):
+    """The tempered posterior of a curvature with β, exponent, damping and shift chosen on pilot rays."""
+
+    kind: Literal["tuned"]
+    curvature: Literal["adam", "diagonal_ggn"] = Field(examples=["curvature: adam"])
+    rank: Annotated[int, Field(ge=0, le=1000)] = 0
+    exponents: Annotated[tuple[PositiveFloat, ...], Field(strict=False, min_length=1)] = (0.35, 0.5)
+    num_pilot_rays: Annotated[int, Field(ge=2, le=2**20)] = 16
+
+    def _describe(self) -> str:
+        name = {"adam": "Adam", "diagonal_ggn": "diagonal GGN"}[self.curvature]
+        return f"tuned {name}{f' + rank {self.rank}' if self.rank else ''}"
+
+
 Proposal = Annotated[
-    IsotropicProposal | AdamProposal | DiagonalGGNProposal | DenseGGNProposal, Field(discriminator="kind")
+    IsotropicProposal | AdamProposal | DiagonalGGNProposal | DenseGGNProposal | TunedProposal,
+    Field(discriminator="kind"),
 ]
 
 
@@ -172,7 +187,11 @@ class Tether(_Model):
 
 
 class Config(_Model):
-    """One experiment: a task, a prior, a cutoff in nats, and the ray proposals and tethers to compare."""
+    """One experiment: a task, a prior, a cutoff in nats, and the ray proposals and tethers to compare.
+
+    With ``checkpoints`` the same question is asked of the network at so many log-spaced steps of its training, with
+    ``cutoffs`` at each of them: a series.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$", examples=["name: my_experiment"])]
     task: DigitsTask = Field(examples=["task: {kind: digits}"])
@@ -185,7 +204,25 @@ class Config(_Model):
     audit_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
     proposals: Annotated[tuple[Proposal, ...], Field(strict=False)] = ()
     tethers: Annotated[tuple[Tether, ...], Field(strict=False)] = ()
+    checkpoints: Annotated[int, Field(ge=2, le=64)] | None = None
+    cutoffs: Annotated[tuple[PositiveFloat, ...], Field(strict=False)] = ()
     output: Annotated[str, Field(min_length=1)] = "runs"
+
+    @property
+    def is_series(self) -> bool:
+        """Whether there is more than one network or cutoff, or a proposal that has to be tuned first."""
+        tuned = any(isinstance(entry, TunedProposal) for entry in self.proposals)
+        return self.checkpoints is not None or bool(self.cutoffs) or tuned
+
+    @model_validator(mode="after")
+    def _no_tether_in_a_series(self) -> "Config":
+        if self.is_series and self.tethers:
+            raise PydanticCustomError(
+                "series", "checkpoints, cutoffs and tuned proposals go without tethers; give those a file of their own"
+            )
+        if len(set(self.cutoffs)) < len(self.cutoffs):
+            raise PydanticCustomError("cutoffs", "cutoffs holds a number twice; remove one of them")
+        return self
 
     @model_validator(mode="after")
     def _distinct_labels(self) -> "Config":
@@ -220,6 +257,7 @@ _MODELS: dict[str, type[BaseModel]] = {
     "adam": AdamProposal,
     "diagonal_ggn": DiagonalGGNProposal,
     "dense_ggn": DenseGGNProposal,
+    "tuned": TunedProposal,
 }
 
 

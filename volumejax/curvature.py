@@ -1,10 +1,11 @@
-r"""Curvature of the KL behaviour at its anchor: the generalised Gauss-Newton matrix, dense or its diagonal.
+r"""Curvature of the KL behaviour at its anchor: the generalised Gauss-Newton matrix, dense, its diagonal, its products.
 
     H = (1/N) Σ_n J_nᵀ (diag(p_n) − p_n p_nᵀ) J_n,   J_n = ∂ logits_n / ∂θ
 
 For softmax outputs this is the Fisher information, and the exact Hessian of `kl_to_anchor` at the anchor. The
 middle matrix is S Sᵀ with S = diag(√p) − p √pᵀ, so the columns of S are pulled back, one for each class, and
-squared.
+squared. Where classes are many, random signs ε in place of the classes give the same in the mean: E (Jᵀ S ε)² is the
+diagonal (Bekas, Kokiopoulou & Saad 2007), and no more than one gradient is held.
 """
 
 import math
@@ -14,7 +15,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from volumejax import tree
 from volumejax.examples import (
@@ -27,9 +28,41 @@ from volumejax.examples import (
     num_batches,
 )
 
-__all__ = ["MAX_DENSE_DIMENSION", "dense_ggn", "diagonal_ggn"]
+__all__ = [
+    "MAX_DENSE_DIMENSION",
+    "DiagonalEstimate",
+    "GGNProduct",
+    "check_dense",
+    "dense_ggn",
+    "diagonal_ggn",
+    "ggn_product",
+    "mean_of_probes",
+    "sampled_diagonal_ggn",
+]
 
 MAX_DENSE_DIMENSION = 20_000
+
+
+class DiagonalEstimate(eqx.Module):
+    """A diagonal of curvature from random probes, in nats per squared unit of the parameters, float32."""
+
+    value: PyTree
+    std_error: PyTree
+    """Standard error of each entry, from the scatter of the probes."""
+
+
+class GGNProduct(eqx.Module):
+    """The function v -> H v; its data are leaves, so that it may be passed through `eqx.filter_jit`."""
+
+    apply_fn: Callable = eqx.field(static=True)
+    params: PyTree
+    inputs: PyTree
+    mask: Bool[Array, "examples ..."]
+    batch_size: int = eqx.field(static=True)
+
+    def __call__(self, vector: PyTree) -> PyTree:
+        """Return H·vector in float32."""
+        return _product(self.apply_fn, self.params, self.inputs, self.mask, self.batch_size, vector)
 
 
 def dense_ggn(
@@ -61,12 +94,7 @@ def dense_ggn(
 
     Reference: Martens 2020, "New insights and perspectives on the natural gradient method", section 9.2.
     """
-    dimension = tree.size(params)
-    if dimension > MAX_DENSE_DIMENSION:
-        raise ValueError(
-            f"a dense curvature of {dimension:,} parameters is refused above {MAX_DENSE_DIMENSION:,}: it "
-            f"would take {4e-9 * dimension**2:,.1f} GB; use diagonal_ggn"
-        )
+    check_dense(params, "diagonal_ggn")
     return _dense(apply_fn, params, *_prepare(apply_fn, params, inputs, mask, batch_size))
 
 
@@ -97,6 +125,103 @@ def diagonal_ggn(
         [[0.25, 0.25]]
     """
     return _diagonal(apply_fn, params, *_prepare(apply_fn, params, inputs, mask, batch_size))
+
+
+def sampled_diagonal_ggn(
+    key: Key[Array, ""],
+    apply_fn: Callable,
+    params: PyTree,
+    inputs: PyTree,
+    *,
+    num_probes: int = 16,
+    mask: Any = None,
+    batch_size: int | None = 8,
+) -> DiagonalEstimate:
+    """Return an unbiased estimate of the diagonal of H, for outputs with many classes or positions.
+
+    One backward pass for each example and probe, whatever the number of classes and positions.
+
+    Args:
+        key: example n of probe k uses `fold_in(fold_in(key, k), n)`, so `batch_size` does not change the result.
+        apply_fn: as for `dense_ggn`.
+        params: as for `dense_ggn`, of any size.
+        inputs: as for `dense_ggn`.
+        num_probes: random signs for each output, at least 2; the error falls with their root.
+        mask: as for `dense_ggn`.
+        batch_size: examples at a time; a batch holds about two gradients for each of its examples.
+
+    Returns:
+        `DiagonalEstimate` shaped like `params`, its value non-negative.
+
+    Raises:
+        ValueError: data that does not fit, or fewer than two probes.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> w, x = jnp.zeros((1, 2)), jnp.ones((3, 1))
+        >>> h = sampled_diagonal_ggn(jax.random.key(0), lambda w, x: x @ w, w, x, num_probes=400)
+        >>> bool(jnp.all(jnp.abs(h.value - 0.25) <= 4 * h.std_error + 1e-6))
+        True
+
+    Reference: Bekas, Kokiopoulou & Saad 2007, "An estimator for the diagonal of a matrix", section 2.
+    """
+    arguments = _prepare(apply_fn, params, inputs, mask, batch_size)
+    return mean_of_probes(lambda k: _probe(k, apply_fn, params, *arguments), key, num_probes)
+
+
+def ggn_product(
+    apply_fn: Callable, params: PyTree, inputs: PyTree, *, mask: Any = None, batch_size: int | None = 64
+) -> GGNProduct:
+    """Return the function v -> H v on pytrees like `params`; H itself is never made.
+
+    Args:
+        apply_fn: as for `dense_ggn`.
+        params: as for `dense_ggn`, of any size.
+        inputs: as for `dense_ggn`.
+        mask: as for `dense_ggn`.
+        batch_size: examples at a time; does not change the result beyond rounding.
+
+    Raises:
+        ValueError: data that does not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> product = ggn_product(lambda w, x: x @ w, jnp.zeros((1, 2)), jnp.ones((3, 1)))
+        >>> print(jnp.round(product(jnp.array([[1.0, 0.0]])), 3).tolist())
+        [[0.25, -0.25]]
+
+    Reference: Schraudolph 2002, "Fast curvature matrix-vector products", section 3.
+    """
+    return GGNProduct(apply_fn, params, *_prepare(apply_fn, params, inputs, mask, batch_size))
+
+
+def check_dense(params: PyTree, instead: str) -> None:
+    """Raise a ValueError where a D × D matrix would be too large; `instead` is the function to use then."""
+    dimension = tree.size(params)
+    if dimension > MAX_DENSE_DIMENSION:
+        raise ValueError(
+            f"a dense curvature of {dimension:,} parameters is refused above {MAX_DENSE_DIMENSION:,}: it "
+            f"would take {4e-9 * dimension**2:,.1f} GB; use {instead}"
+        )
+
+
+@eqx.filter_jit
+def mean_of_probes(probe: Callable[[Array], PyTree], key: Key[Array, ""], num_probes: int) -> DiagonalEstimate:
+    """Return mean and standard error of `probe(fold_in(key, k))` over k, holding a few copies at a time."""
+    if num_probes < 2:
+        raise ValueError(f"num_probes must be at least 2, got {num_probes}; one probe has no standard error")
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), eqx.filter_eval_shape(probe, key))
+
+    def step(carry: tuple[PyTree, PyTree], k: Array) -> tuple[tuple[PyTree, PyTree], None]:
+        # Welford's update: squares of a mean that dwarfs its error would cancel.
+        mean, scatter = carry
+        value = probe(jax.random.fold_in(key, k))
+        after = jax.tree.map(lambda m, x: m + (x - m) / (k + 1).astype(jnp.float32), mean, value)
+        scatter = jax.tree.map(lambda s, x, a, b: s + (x - a) * (x - b), scatter, value, mean, after)
+        return (after, scatter), None
+
+    (mean, scatter), _ = jax.lax.scan(step, (zeros, zeros), jnp.arange(num_probes))
+    return DiagonalEstimate(mean, jax.tree.map(lambda s: jnp.sqrt(s / (num_probes * (num_probes - 1))), scatter))
 
 
 def _prepare(
@@ -146,6 +271,55 @@ def _diagonal(apply_fn: Callable, params: PyTree, inputs: PyTree, mask: Array, b
         return jax.tree.map(lambda t, s: t + jnp.sum(s, axis=0), total, per_example)
 
     return _over_batches(add, zeros, inputs, mask, batch_size)
+
+
+@eqx.filter_jit
+def _product(
+    apply_fn: Callable, params: PyTree, inputs: PyTree, mask: Array, batch_size: int, vector: PyTree
+) -> PyTree:
+    tangent = jax.tree.map(lambda v, x: v.astype(x.dtype), vector, params)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+
+    def add(total: PyTree, batch: Examples, keep: Array) -> PyTree:
+        logits, pull, change = _linear(apply_fn, params, batch.inputs, tangent)
+        p = jax.nn.softmax(logits.astype(jnp.float32))
+        change = change.astype(jnp.float32)
+        force = p * (change - jnp.sum(p * change, axis=-1, keepdims=True))
+        (gradient,) = pull(jnp.where(keep[..., None], force, 0.0).astype(logits.dtype))
+        return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, gradient)
+
+    return _over_batches(add, zeros, inputs, mask, batch_size)
+
+
+def _linear(apply_fn: Callable, params: PyTree, inputs: PyTree, tangent: PyTree) -> tuple[Array, Callable, Array]:
+    """Return the logits, their pull-back, and their change along the tangent."""
+
+    def outputs(p: PyTree) -> Array:
+        return apply_fn(p, inputs)
+
+    logits, pull = jax.vjp(outputs, params)
+    return logits, pull, jax.jvp(outputs, (params,), (tangent,))[1]
+
+
+def _probe(key: Array, apply_fn: Callable, params: PyTree, inputs: PyTree, mask: Array, batch_size: int) -> PyTree:
+    """Return the mean over positions of (Jᵀ S ε)², example by example."""
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+
+    def square(index: Array, example: PyTree, keep: Array) -> PyTree:
+        logits, pull = jax.vjp(lambda p: apply_fn(p, jax.tree.map(lambda x: x[None], example))[0], params)
+        p = jax.nn.softmax(logits.astype(jnp.float32))
+        signs = jax.random.rademacher(jax.random.fold_in(key, index), p.shape, jnp.float32)
+        root = jnp.sqrt(p)
+        force = root * signs - p * jnp.sum(root * signs, axis=-1, keepdims=True)
+        (gradient,) = pull(jnp.where(keep[..., None], force, 0.0).astype(logits.dtype))
+        return jax.tree.map(lambda g: jnp.square(g.astype(jnp.float32)), gradient)
+
+    def add(total: PyTree, batch: Examples, keep: Array) -> PyTree:
+        squares = jax.vmap(lambda pair, keep: square(pair[0], pair[1], keep))(batch.inputs, keep)
+        return jax.tree.map(lambda t, s: t + jnp.sum(s, axis=0), total, squares)
+
+    numbered = (jnp.arange(mask.shape[0]), inputs)
+    return _over_batches(add, zeros, numbered, mask, batch_size)
 
 
 def _over_batches(add: Callable, zeros: PyTree, inputs: PyTree, mask: Array, batch_size: int) -> PyTree:

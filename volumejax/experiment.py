@@ -19,7 +19,10 @@ from volumejax.config import (
     DiagonalGGNProposal,
     IsotropicProposal,
     Tether,
+    TunedProposal,
 )
+from volumejax.low_rank import LowRankPrecision
+from volumejax.optax_moments import second_moments
 from volumejax.priors import Gaussian
 from volumejax.proposals import Dense, Diagonal
 from volumejax.rays import ray_stream
@@ -28,10 +31,10 @@ from volumejax.regions import Connected, Star
 from volumejax.results import VolumeEstimate
 from volumejax.tasks.digits import Task, digits_task
 from volumejax.tether import tether_stream
-from volumejax.tuning import adam_proposal, curvature_proposal, damped_proposal
+from volumejax.tuning import curvature_proposal, damped_proposal
 
-Proposal = Diagonal | Dense
-ProposalConfig = IsotropicProposal | AdamProposal | DiagonalGGNProposal | DenseGGNProposal
+Proposal = Diagonal | Dense | LowRankPrecision
+ProposalConfig = IsotropicProposal | AdamProposal | DiagonalGGNProposal | DenseGGNProposal | TunedProposal
 
 
 _REGIONS = {"star": Star(), "connected": Connected()}
@@ -90,7 +93,7 @@ class Setting:
             "train_accuracy": self.task.train_accuracy,
             "test_accuracy": self.task.test_accuracy,
             "rms": self.task.rms,
-            "sigma": _sigma(self.config, self.task),
+            "sigma": sigma_of(self.config, self.task),
         }
 
 
@@ -108,17 +111,17 @@ def prepare(config: Config, on_progress: OnProgress) -> Setting:
         ValueError: the configuration asks for something that the library refuses.
     """
     seconds: dict[str, float] = {}
-    with _stage("training", seconds, on_progress):
+    with stage("training", seconds, on_progress):
         task = digits_task(config.task.seed, num_epochs=config.task.num_epochs)
-    prior = Gaussian(_sigma(config, task))
+    prior = Gaussian(sigma_of(config, task))
     diagonal, dense = None, None
-    with _stage("curvature", seconds, on_progress):
+    with stage("curvature", seconds, on_progress):
         if any(isinstance(entry, DiagonalGGNProposal) for entry in config.proposals):
             diagonal = jax.block_until_ready(curvature.diagonal_ggn(task.apply_fn, task.params, task.inputs))
         if any(isinstance(entry, DenseGGNProposal) for entry in config.proposals):
             dense = jax.block_until_ready(curvature.dense_ggn(task.apply_fn, task.params, task.inputs))
         proposals = tuple(
-            _proposal(entry, task, prior, diagonal, dense, cutoff=config.cutoff) for entry in config.proposals
+            build_proposal(entry, task, prior, diagonal, dense, cutoff=config.cutoff) for entry in config.proposals
         )
         jax.block_until_ready(jax.tree.leaves(proposals))
     return Setting(config, task, prior, proposals, seconds)
@@ -161,10 +164,10 @@ def run_experiment(setting: Setting, on_progress: OnProgress) -> Iterator[Row]:
                 on_progress(Progress(entry.name, estimate.num_rays, config.num_rays, seconds, estimate))
         except KeyboardInterrupt:
             if estimate is not None:
-                yield _row(entry, estimate, time.perf_counter() - began, config.num_rays)
+                yield make_row(entry, estimate, time.perf_counter() - began, config.num_rays)
             return
         if estimate is not None:
-            yield _row(entry, estimate, time.perf_counter() - began, config.num_rays)
+            yield make_row(entry, estimate, time.perf_counter() - began, config.num_rays)
     for entry in config.tethers:
         row = _run_chains(entry, setting, on_progress)
         if row is not None:
@@ -233,7 +236,8 @@ def _chain_arrays(estimate: VolumeEstimate) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _row(entry: ProposalConfig, estimate: VolumeEstimate, seconds: float, wanted: int) -> Row:
+def make_row(entry: ProposalConfig, estimate: VolumeEstimate, seconds: float, wanted: int) -> Row:
+    """Return the row of one proposal's rays."""
     recorded = entry.recorded.model_dump(exclude_none=True) if entry.recorded else {}
     trace = estimate.trace
     return Row(
@@ -247,11 +251,12 @@ def _row(entry: ProposalConfig, estimate: VolumeEstimate, seconds: float, wanted
     )
 
 
-def _sigma(config: Config, task: Task) -> float:
+def sigma_of(config: Config, task: Task) -> float:
+    """Return the prior's standard deviation."""
     return task.rms if isinstance(config.prior.sigma, str) else float(config.prior.sigma)
 
 
-def _proposal(
+def build_proposal(
     entry: ProposalConfig,
     task: Task,
     prior: Gaussian,
@@ -260,11 +265,15 @@ def _proposal(
     *,
     cutoff: float,
 ) -> Proposal:
+    """Return the proposal that an entry describes; a tuned one is chosen by its rays and not built."""
+    if isinstance(entry, TunedProposal):
+        raise ValueError(f"{entry.name} has to be tuned first; run it as a series")
     if isinstance(entry, IsotropicProposal):
         # Unit scales are the isotropic proposal, and run in the program that the diagonal ones compile anyway.
         return Diagonal(jax.tree.map(jnp.ones_like, task.params))
     if isinstance(entry, AdamProposal):
-        return adam_proposal(task.opt_state, task.params, prior, damping=entry.damping, exponent=entry.exponent)
+        moments = second_moments(task.opt_state, task.params)
+        return damped_proposal(moments, task.params, damping=entry.damping, exponent=entry.exponent)
     if isinstance(entry, DiagonalGGNProposal) and entry.damping is not None:
         damping, exponent = entry.damping, 0.5 if entry.exponent is None else entry.exponent
         return damped_proposal(diagonal, task.params, damping=damping, exponent=exponent)
@@ -279,7 +288,7 @@ def _proposal(
 
 
 @contextlib.contextmanager
-def _stage(name: str, seconds: dict[str, float], on_progress: OnProgress) -> Iterator[None]:
+def stage(name: str, seconds: dict[str, float], on_progress: OnProgress) -> Iterator[None]:
     """Time a stage without rays, and report its beginning and its end."""
     began = time.perf_counter()
     on_progress(Progress(name, 0, 1, 0.0))

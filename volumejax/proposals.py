@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from volumejax import tree
 from volumejax.tree import is_traced, wide
 
-__all__ = ["Dense", "Diagonal", "Isotropic", "RayDraw"]
+__all__ = ["Dense", "Diagonal", "Isotropic", "RayDraw", "check_positive", "ray_draw", "sum_log"]
 
 
 class RayDraw(eqx.Module):
@@ -49,7 +49,7 @@ class Isotropic(eqx.Module):
     def draw(self, key: Key[Array, ""], params: PyTree) -> RayDraw:
         """Draw y ~ N(0, I)."""
         y = tree.normal_like(key, params)
-        return _ray_draw(y, _zero(), tree.dot(y, y), _zero(), _zero(), tree.size(params))
+        return ray_draw(y, _zero(), tree.dot(y, y), _zero(), _zero(), tree.size(params))
 
 
 class Diagonal(eqx.Module):
@@ -71,7 +71,7 @@ class Diagonal(eqx.Module):
 
     def check(self, params: PyTree) -> None:
         """Raise a ValueError where scale or mean does not fit the parameters."""
-        _check_positive(tree.broadcast_to(self.scale, params, "Diagonal scale"))
+        check_positive(tree.broadcast_to(self.scale, params, "Diagonal scale"), "Diagonal scale")
         if self.mean is not None:
             tree.broadcast_to(self.mean, params, "Diagonal mean")
 
@@ -83,8 +83,8 @@ class Diagonal(eqx.Module):
         with jax.enable_x64(True):
             white_y = jax.tree.map(lambda y, s: wide(y) / wide(s), y, scale)
             white_mean = jax.tree.map(lambda m, s, y: jnp.broadcast_to(wide(m) / wide(s), y.shape), mean, scale, y)
-            log_scale = jax.tree.map(lambda s, y: _sum_log(s, y.size), scale, y)
-            return _ray_draw(
+            log_scale = jax.tree.map(lambda s, y: sum_log(s, y.size), scale, y)
+            return ray_draw(
                 y,
                 tree.dot(white_y, white_mean),
                 tree.dot(white_y, white_y),
@@ -153,7 +153,7 @@ class Dense(eqx.Module):
         with jax.enable_x64(True):
             # The whitened y is known before rounding; solving for it again would amplify the rounding of y.
             white_y = wide(z) + wide(white_mean)
-            return _ray_draw(
+            return ray_draw(
                 unravel(flat.astype(jnp.float32)),
                 tree.dot(white_y, white_mean),
                 tree.dot(white_y, white_y),
@@ -163,7 +163,7 @@ class Dense(eqx.Module):
             )
 
 
-def _ray_draw(
+def ray_draw(
     direction: PyTree, cross: Array, square: Array, mean_square: Array, log_det: Array, dimension: int
 ) -> RayDraw:
     """Collect yᵀΣ⁻¹μ, yᵀΣ⁻¹y, μᵀΣ⁻¹μ and ½ log det Σ into the quadratic along the ray."""
@@ -186,14 +186,14 @@ def _zero() -> Array:
         return jnp.zeros((), jnp.float64)
 
 
-def _sum_log(scale: Any, count: int) -> Array:
+def sum_log(scale: Any, count: int) -> Float[Array, ""]:
+    """Return Σ log scale over a leaf of `count` numbers, all alike where the scale is a scalar; inside `enable_x64`."""
     total = jnp.sum(jnp.log(wide(scale)))
     return total * count if jnp.ndim(scale) == 0 else total
 
 
-def _check_positive(scale: PyTree) -> None:
+def check_positive(scale: PyTree, name: str) -> None:
+    """Raise a ValueError unless every concrete leaf is positive and finite."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(scale):
         if not is_traced(leaf) and not np.all((np.asarray(leaf) > 0) & np.isfinite(np.asarray(leaf))):
-            raise ValueError(
-                f"Diagonal scale{jax.tree_util.keystr(path)} must be positive and finite everywhere; add damping"
-            )
+            raise ValueError(f"{name}{jax.tree_util.keystr(path)} must be positive and finite everywhere; add damping")

@@ -55,6 +55,8 @@ class Row(BaseModel):
     """Published values: any of best, mean, sd."""
     estimate: dict[str, Scalar]
     """`VolumeEstimate.to_dict()`."""
+    position: dict[str, float] = Field(default_factory=dict)
+    """Where the row lies in a series: any of step, cutoff, damping, exponent, beta."""
     rays: dict[str, np.ndarray] = Field(default_factory=dict, exclude=True)
     """The arrays of `RayBatch`, each with one entry per ray; empty where chains made the row."""
     chains: dict[str, np.ndarray] = Field(default_factory=dict, exclude=True)

@@ -13,7 +13,7 @@ try:
 except ImportError as error:
     raise ImportError("reports need the run extra: pip install 'volumejax[run]'") from error
 
-from volumejax import chain_plots, plots
+from volumejax import chain_plots, plots, series_plots
 from volumejax.records import RecordError, Row, Run, write_file
 from volumejax.table import HEADERS, cells, filled, notes, number
 
@@ -30,6 +30,19 @@ CAPTIONS = {
         "95 % interval, a tether's upright tick is the bound that its chains certify, and the pale bar is the spread "
         "of single rays or the gap between the two passes of the chains. The dotted line is what the best rays miss of "
         "the region."
+    ),
+    "training": (
+        "Log mass through the training, and its two terms: the volume around the network of each step, "
+        "and the prior's own term, minus the squared distance from its mean over 2σ². A line is the mean over rays "
+        "with a band of one standard deviation; diamonds are log mean weights. Read them as bounds from below."
+    ),
+    "cutoffs": (
+        "Log mass over the cutoff: mean over rays with a band of one standard deviation, and the log mean weight "
+        "(diamonds). Where behaviour is quadratic, a line has the slope of half the effective number of parameters."
+    ),
+    "dampings": (
+        "Log mass over the damping, one line per exponent of the moments, with the levels that need no damping. The "
+        "mean over rays decides, as the maximum would follow a few lucky rays."
     ),
     "curve": (
         "Above, log mass at each smaller cutoff as well, with a 95 % band, from the same chains. Below, what that "
@@ -99,6 +112,10 @@ def publish(directory: Path, run: Run) -> Path:
 def draw(run: Run) -> dict[str, Figure]:
     """All figures of a run by file name, in the order of the report."""
     summary = plots.figures(run)
+    series = series_plots.figures(run)
+    if series:
+        # A histogram for each of so many rows would say less than their trend.
+        return {**series, "summary": summary["summary"]}
     return {"summary": summary.pop("summary"), **chain_plots.figures(run), **summary}
 
 

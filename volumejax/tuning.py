@@ -1,6 +1,7 @@
 """Proposals made from what is known of the anchor: optimizer moments and curvature."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,44 +13,81 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from volumejax import tree
+from volumejax.eigenpairs import Eigenpairs
+from volumejax.low_rank import LowRankPrecision
 from volumejax.optax_moments import second_moments
 from volumejax.proposals import Dense, Diagonal
+from volumejax.tempering import CurvatureModel, mean_cost, tempered
 
-__all__ = ["adam_proposal", "curvature_proposal", "damped_proposal", "matching_beta"]
+__all__ = [
+    "adam_proposal",
+    "curvature_model",
+    "curvature_proposal",
+    "damped_proposal",
+    "matching_beta",
+    "model_beta",
+]
 
 
 def adam_proposal(
-    opt_state: Any, params: PyTree, prior: Any, *, damping: float = 1e-3, exponent: float = 0.5, b2: float | None = None
+    opt_state: Any,
+    params: PyTree,
+    prior: Any,
+    *,
+    beta: float | None = None,
+    cutoff: float | None = None,
+    damping: float = 0.0,
+    exponent: float = 0.5,
+    gradient_batch: int = 1,
+    shift: bool = True,
+    b2: float | None = None,
 ) -> Diagonal:
-    """Return the paper's Adam proposal, from the second moments in an optax state.
+    r"""Return the tempered posterior of an optimizer's second moments ν, which cost nothing where the state is at hand.
+
+    `curvature_proposal` with :math:`H = n (\nu^{\text{exponent}} + \text{damping})^2`. The moments stand for curvature
+    up to a factor: ν of a mean over n examples is about 1/n of the mean curvature per example, once the mean gradient
+    is small, so give n as `gradient_batch`; `tune_proposal` finds the rest. The paper's form is `damped_proposal`.
 
     Args:
-        opt_state: optax state that holds Adam's moments.
+        opt_state: optax state, as for `second_moments`.
         params: the anchor.
-        prior: checked against the parameters; the paper's form does not depend on it.
-        damping: added to the root of the moments, in their units.
+        prior: as for `curvature_proposal`.
+        beta: as for `curvature_proposal`.
+        cutoff: as for `curvature_proposal`; under `jax.jit` only `beta` will do.
+        damping: non-negative, in the units of the root of the moments.
         exponent: power of the second moment.
-        b2: decay rate of the second moment, for its bias correction; None for optax's default.
-
-    Returns:
-        `damped_proposal` of the bias-corrected second moments.
+        gradient_batch: examples over which one step's gradient was averaged.
+        shift: as for `curvature_proposal`.
+        b2: decay rate of the second moment, for its bias correction, where the state does not hold it.
 
     Raises:
-        ValueError: the state holds no Adam moments, or they do not match the parameters.
+        ValueError: the state holds no second moments, they do not match the parameters, or as for
+            `curvature_proposal`.
 
     Example:
         >>> import jax.numpy as jnp, optax, volumejax as vj
         >>> params = {"w": jnp.ones(2)}
         >>> optimizer = optax.adam(1e-3)
-        >>> _, state = optimizer.update({"w": jnp.array([1.0, 4.0])}, optimizer.init(params))
-        >>> scale = vj.adam_proposal(state, params, vj.Gaussian(1.0)).scale["w"]
-        >>> print(f"{scale[0]:.3f} {scale[1]:.3f}")
-        0.999 0.250
+        >>> _, state = optimizer.update({"w": jnp.array([0.0, 1.0])}, optimizer.init(params))
+        >>> proposal = vj.adam_proposal(state, params, vj.Gaussian(1.0), beta=3.0)
+        >>> print([f"{x:.3f}" for x in (*proposal.scale["w"], *proposal.mean["w"])])
+        ['1.000', '0.500', '-1.000', '-0.250']
 
-    Reference: Scherlis & Belrose, arXiv 2501.18812, §3.
+    Reference: Scherlis & Belrose, arXiv 2501.18812, §3, for the moments; the Gaussian is `curvature_proposal`'s.
     """
-    prior.check(params)
-    return damped_proposal(second_moments(opt_state, params, b2=b2), params, damping=damping, exponent=exponent)
+    if not damping >= 0.0:
+        raise ValueError(f"damping must not be negative, got {damping}")
+    if not gradient_batch >= 1:
+        raise ValueError(f"gradient_batch must be at least 1, got {gradient_batch}")
+    moments = second_moments(opt_state, params, b2=b2)
+    h = jax.tree.map(lambda v: gradient_batch * (v**exponent + damping) ** 2, moments)
+    if tree.is_traced((h, params)):
+        if beta is None:
+            raise ValueError("under jax.jit adam_proposal cannot look for the beta of a cutoff; pass beta instead")
+        made = tempered(CurvatureModel(h, None, None), params, prior, beta, 1.0 if shift else None)
+    else:
+        made = curvature_proposal(h, params, prior, beta=beta, cutoff=cutoff, shift=shift)
+    return made  # pyright: ignore[reportReturnType] - a diagonal curvature gives a Diagonal
 
 
 def damped_proposal(curvature: PyTree, params: PyTree, *, damping: float, exponent: float = 0.5) -> Diagonal:
@@ -76,30 +114,33 @@ def damped_proposal(curvature: PyTree, params: PyTree, *, damping: float, expone
 
 
 def curvature_proposal(
-    curvature: PyTree | Float[Array, "D D"],
+    curvature: PyTree | Float[Array, "D D"] | Eigenpairs,
     params: PyTree,
     prior: Any,
     *,
+    eigenpairs: Eigenpairs | None = None,
     beta: float | None = None,
     cutoff: float | None = None,
     shift: bool = True,
-) -> Diagonal | Dense:
+) -> Diagonal | Dense | LowRankPrecision:
     r"""Return the Gaussian approximation of the tempered posterior, :math:`\propto \pi(\theta) e^{-\beta C(\theta)}`.
 
     Directions have :math:`\Sigma^{-1} = \beta H + \Lambda` and :math:`\mu = -\Sigma \Lambda (\theta_0 - m)`, with Λ
     and m the prior's precision and mean.
 
     Args:
-        curvature: H, the Hessian (or GGN) of the cost at the anchor: a pytree like the parameters for its diagonal, or
-            a D × D array in the order of `ravel_pytree`.
+        curvature: H, the Hessian (or GGN) of the cost at the anchor: a pytree like the parameters for its diagonal, a
+            D × D array in the order of `ravel_pytree`, or `Eigenpairs` from `top_eigenpairs` where the rest is flat.
         params: the anchor.
         prior: supplies Λ and m; flat priors have Λ = 0, and then H must be positive definite.
+        eigenpairs: the stiffest directions of H beside its diagonal. The diagonal is then lowered by what they explain
+            of it, down to 0, so that nothing counts twice. Negative eigenvalues count as 0.
         beta: inverse temperature, the literature's nβ; None takes `matching_beta` of the cutoff.
         cutoff: ε in nats, needed where beta is None.
         shift: whether to use the mean μ; it matters at large cutoffs and can hurt at small ones.
 
     Returns:
-        `Diagonal` or `Dense`.
+        `Diagonal`, `Dense`, or `LowRankPrecision` where there are eigenpairs.
 
     Raises:
         ValueError: shapes that do not fit, or a precision that is not positive definite.
@@ -111,39 +152,72 @@ def curvature_proposal(
         [1.  0.5] [-1.   -0.25]
     """
     prior.check(params)
-    if tree.is_traced((curvature, params)):
+    if tree.is_traced((curvature, eigenpairs, params)):
         raise ValueError("curvature_proposal factorises on the host; build it before jax.jit and pass the proposal in")
-    dense = _is_dense(curvature, params)
-    h = np.asarray(curvature, np.float64) if dense else _ravel64(_diagonal_curvature(curvature, params))
-    if not np.all(np.isfinite(h)):
-        raise ValueError("curvature has NaN or infinite entries; compute it where the cost is finite")
-    precision = _ravel64(prior.precision(params))
-    pull = _ravel64(prior.displacement(params)) if hasattr(prior, "displacement") else np.zeros_like(precision)
-    if beta is None:
-        if cutoff is None:
-            raise ValueError(
-                "curvature_proposal needs either beta or cutoff; pass the cutoff of the volume to be estimated"
-            )
-        beta = matching_beta(h, precision, cutoff, pull if shift else None)
-    unravel = ravel_pytree(jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), jnp.float32), params))[1]
-    if dense:
-        matrix = beta * h
-        matrix[np.diag_indices_from(matrix)] += precision
-        factor = _inverse_cholesky(matrix)
-        mean = -factor @ (factor.T @ (precision * pull)) if shift and np.any(precision * pull) else None
-        return Dense(
-            jnp.asarray(factor, jnp.float32), None if mean is None else unravel(jnp.asarray(mean, jnp.float32))
+    if beta is None and cutoff is None:
+        raise ValueError(
+            "curvature_proposal needs either beta or cutoff; pass the cutoff of the volume to be estimated"
         )
-    total = beta * h + precision
-    if not np.all(total > 0.0):
+    if _is_dense(curvature, params):
+        if eigenpairs is not None:
+            raise ValueError("a dense curvature holds its eigenpairs already; leave eigenpairs out")
+        return _dense_proposal(np.asarray(curvature, np.float64), params, prior, beta, cutoff, shift)
+    model = curvature_model(curvature, params, eigenpairs)
+    if beta is None:
+        beta = model_beta(model, params, prior, cutoff, shift)
+    with jax.enable_x64(True):
+        least = jax.tree.map(lambda h, p: jnp.min(beta * tree.wide(h) + tree.wide(p), initial=jnp.inf),
+                             model.diagonal, prior.precision(params))  # fmt: skip
+        positive = all(float(leaf) > 0.0 for leaf in jax.tree.leaves(least)) and beta >= 0.0
+    if not positive:
         raise ValueError(
             "curvature_proposal: beta·H + Λ has entries that are not positive; raise beta or use a proper prior"
         )
-    mean = -precision * pull / total
-    return Diagonal(
-        unravel(jnp.asarray(1.0 / np.sqrt(total), jnp.float32)),
-        unravel(jnp.asarray(mean, jnp.float32)) if shift and np.any(mean) else None,
-    )
+    made = tempered(model, params, prior, beta, 1.0)
+    pulled = shift and any(bool(jnp.any(leaf != 0.0)) for leaf in jax.tree.leaves(made.mean))
+    return made if pulled else tempered(model, params, prior, beta, None)
+
+
+def model_beta(model: CurvatureModel, params: PyTree, prior: Any, cutoff: float | None, shift: bool) -> float:
+    """Return the β of `matching_beta` for a diagonal with a low-rank part."""
+
+    def mean(beta: float) -> float:
+        # An array, and float64 on its way in, so that one program serves the whole search.
+        with jax.enable_x64(True):
+            return float(mean_cost(model, params, prior, jnp.asarray(beta, jnp.float64), shift))
+
+    return _match(mean, cutoff)
+
+
+def curvature_model(curvature: PyTree, params: PyTree, eigenpairs: Eigenpairs | None = None) -> CurvatureModel:
+    """Return a diagonal and a low-rank part that add up to H, once they are known to fit.
+
+    Args:
+        curvature: as for `curvature_proposal`, but no matrix.
+        params: the anchor.
+        eigenpairs: as for `curvature_proposal`.
+
+    Raises:
+        ValueError: shapes that do not fit, negative entries of the diagonal, NaN.
+    """
+    if isinstance(curvature, Eigenpairs):
+        if eigenpairs is not None:
+            raise ValueError("eigenpairs are given twice; pass a diagonal as curvature, or leave eigenpairs out")
+        curvature, eigenpairs = 0.0, curvature
+    diagonal = _diagonal_curvature(curvature, params)
+    parts = (diagonal, None if eigenpairs is None else (eigenpairs.values, eigenpairs.vectors))
+    if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(parts)):
+        raise ValueError("curvature has NaN or infinite entries; compute it where the cost is finite")
+    if eigenpairs is None:
+        return CurvatureModel(diagonal, None, None)
+    shapes = [tuple(jnp.shape(leaf)[1:]) for leaf in jax.tree.leaves(eigenpairs.vectors)]
+    same = jax.tree.structure(eigenpairs.vectors) == jax.tree.structure(params)
+    if not same or shapes != [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]:
+        raise ValueError("the vectors of eigenpairs do not have the parameters' structure and (rank, *leaf shape)")
+    values = jnp.maximum(eigenpairs.values, 0.0)
+    explained = jax.tree.map(lambda u: jnp.tensordot(values, u**2, 1), eigenpairs.vectors)
+    rest = jax.tree.map(lambda h, part: jnp.maximum(h - part, 0.0), diagonal, explained)
+    return CurvatureModel(rest, values, eigenpairs.vectors)
 
 
 def matching_beta(
@@ -170,8 +244,6 @@ def matching_beta(
         >>> round(matching_beta(np.ones(10), np.zeros(10), cutoff=0.5), 6)
         12.0
     """
-    if not cutoff > 0.0:
-        raise ValueError(f"cutoff must be a positive number of nats, got {cutoff}")
     # In units of the prior's width, where it has one; a flat prior leaves H as it is.
     root = np.sqrt(np.where(precision > 0.0, precision, 1.0))
     pull = np.zeros_like(root) if displacement is None else root * displacement * (precision > 0.0)
@@ -184,11 +256,21 @@ def matching_beta(
     keep = h > 1e-12 * h.max(initial=0.0)
     h, unit, pull = h[keep], unit[keep], pull[keep]
 
+    def mean(beta: float) -> float:
+        total = beta * h + unit
+        return float(0.5 * np.sum(h / total) + 0.5 * np.sum(h * (unit * pull / total) ** 2))
+
+    return _match(mean, cutoff)
+
+
+def _match(mean: Callable[[float], float], cutoff: float | None) -> float:
+    """Return the root of mean(β) + 1/β = cutoff."""
+    if cutoff is None or not cutoff > 0.0:
+        raise ValueError(f"cutoff must be a positive number of nats, got {cutoff}")
+
     def excess(log_beta: float) -> float:
         beta = math.exp(log_beta)
-        total = beta * h + unit
-        mean_cost = 0.5 * np.sum(h / total) + 0.5 * np.sum(h * (unit * pull / total) ** 2)
-        return float(np.log(mean_cost + 1.0 / beta) - np.log(cutoff))
+        return math.log(mean(beta) + 1.0 / beta) - math.log(cutoff)
 
     # The left-hand side exceeds 1/β, and falls to 0.
     low = -math.log(cutoff)
@@ -197,6 +279,25 @@ def matching_beta(
         high += 2.0
     root_of_excess = scipy.optimize.brentq(excess, low - 1e-6, high + 1e-6)
     return math.exp(float(root_of_excess))  # pyright: ignore[reportArgumentType] - a tuple only with full_output
+
+
+def _dense_proposal(
+    h: np.ndarray, params: PyTree, prior: Any, beta: float | None, cutoff: float | None, shift: bool
+) -> Dense:
+    if not np.all(np.isfinite(h)):
+        raise ValueError("curvature has NaN or infinite entries; compute it where the cost is finite")
+    precision = _ravel64(prior.precision(params))
+    pull = _ravel64(prior.displacement(params)) if hasattr(prior, "displacement") else np.zeros_like(precision)
+    if beta is None:
+        beta = matching_beta(h, precision, cutoff or 0.0, pull if shift else None)
+    matrix = beta * h
+    matrix[np.diag_indices_from(matrix)] += precision
+    factor = _inverse_cholesky(matrix)
+    cholesky = jnp.asarray(factor, jnp.float32)
+    if not (shift and np.any(precision * pull)):
+        return Dense(cholesky, None)
+    unravel = ravel_pytree(jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), jnp.float32), params))[1]
+    return Dense(cholesky, unravel(jnp.asarray(-factor @ (factor.T @ (precision * pull)), jnp.float32)))
 
 
 def _is_dense(curvature: Any, params: PyTree) -> bool:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from volumejax import tree
 from volumejax.behaviours import Behaviour, error_rate, kl_to_anchor
 from volumejax.models.mlp import mlp_apply, mlp_params
 
-__all__ = ["Task", "digits_task"]
+__all__ = ["Task", "digits_checkpoints", "digits_task", "log_spaced_steps"]
 
 FEATURES = (64, 64, 10)
 NUM_TRAIN = 1024
@@ -78,12 +78,53 @@ def digits_task(seed: int = 0, *, num_epochs: int = 25) -> Task:
         >>> print(f"{task.rms:.2f} {task.train_accuracy:.2f}")
         0.23 1.00
     """
+    return digits_checkpoints((), seed, num_epochs=num_epochs)[-1]
+
+
+def log_spaced_steps(number: int, num_epochs: int = 25) -> list[int]:
+    """Return at most `number` steps of the training from 0 to its last, evenly spaced in log(1 + step).
+
+    Example:
+        >>> log_spaced_steps(5)
+        [0, 3, 19, 89, 400]
+    """
+    last = num_epochs * (NUM_TRAIN // BATCH_SIZE)
+    steps = np.expm1(np.linspace(0.0, math.log1p(last), number))
+    return sorted({int(step) for step in np.round(steps)})
+
+
+def digits_checkpoints(steps: Sequence[int], seed: int = 0, *, num_epochs: int = 25) -> list[Task]:
+    """Train as `digits_task` and return the network after each of these steps, and after the last.
+
+    Args:
+        steps: increasing numbers of steps done, from 0, the initial weights, whose optimizer state has no moments yet.
+        seed: as for `digits_task`.
+        num_epochs: as for `digits_task`.
+
+    Returns:
+        A `Task` for each step and one for the end; their costs share compiled code.
+
+    Raises:
+        ValueError: num_epochs below 1, or a step outside the training.
+        ImportError: scikit-learn is missing.
+
+    Example:
+        >>> [f"{task.train_accuracy:.1f}" for task in digits_checkpoints([0, 20])]
+        ['0.1', '0.9', '1.0']
+    """
     if num_epochs < 1:
         raise ValueError(f"num_epochs must be at least 1, got {num_epochs}")
+    last = num_epochs * (NUM_TRAIN // BATCH_SIZE)
+    if any(not 0 <= step <= last for step in steps):
+        raise ValueError(f"steps must lie between 0 and {last}, the last of the training, got {list(steps)}")
     inputs, labels = _load_digits()
+    history = _train(jax.random.key(seed), inputs[:NUM_TRAIN], labels[:NUM_TRAIN], num_epochs)
+    return [_task(inputs, labels, *jax.tree.map(lambda x, i=step: x[i], history)) for step in (*steps, last)]
+
+
+def _task(inputs: Array, labels: Array, params: PyTree, opt_state: Any) -> Task:
     train, test = slice(None, NUM_TRAIN), slice(NUM_TRAIN, None)
     apply_fn = mlp_apply(FEATURES)
-    params, opt_state = _train(jax.random.key(seed), inputs[train], labels[train], num_epochs)
     return Task(
         apply_fn=apply_fn,
         params=params,
@@ -114,6 +155,7 @@ def _load_digits() -> tuple[Float[Array, "examples features"], Int[Array, "examp
 
 @functools.partial(jax.jit, static_argnames="num_epochs")
 def _train(key: Array, inputs: Array, labels: Array, num_epochs: int) -> tuple[PyTree, Any]:
+    """Return parameters and optimizer states after 0, 1, 2, ... steps, stacked."""
     apply_fn = mlp_apply(FEATURES)
     num_batches = len(labels) // BATCH_SIZE
     schedule = optax.cosine_decay_schedule(LEARNING_RATE, num_epochs * num_batches)
@@ -126,12 +168,14 @@ def _train(key: Array, inputs: Array, labels: Array, num_epochs: int) -> tuple[P
         data = optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch]).mean()
         return data + 0.5 * WEIGHT_DECAY * optax.tree.norm(params, squared=True)
 
-    def step(carry: tuple[PyTree, Any], batch: Array) -> tuple[tuple[PyTree, Any], None]:
+    def step(carry: tuple[PyTree, Any], batch: Array) -> tuple[tuple[PyTree, Any], tuple[PyTree, Any]]:
         params, opt_state = carry
         updates, opt_state = optimizer.update(jax.grad(loss)(params, batch), opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), None
+        after = optax.apply_updates(params, updates), opt_state
+        return after, after
 
     epochs = jax.vmap(lambda k: jax.random.permutation(k, len(labels)))(jax.random.split(order_key, num_epochs))
     batches = epochs.reshape(num_epochs * num_batches, BATCH_SIZE)
-    (params, opt_state), _ = jax.lax.scan(step, (params, optimizer.init(params)), batches)
-    return params, opt_state
+    start = params, optimizer.init(params)
+    _, history = jax.lax.scan(step, start, batches)
+    return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), start, history)
