@@ -3,12 +3,20 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from volumejax.records import Row, Run
 from volumejax.results import BoundKind, Kind, RayBatch, VolumeEstimate
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _let_go_of_compiled_programs():
+    """Each program holds maps of memory, of which Linux grants a process 65,530: the whole suite needs more."""
+    yield
+    jax.clear_caches()
 
 
 def _fill(cls, default, **values):

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from volumejax import diagnostics
-from volumejax.diagnostics import pareto_k_limit, split_r_hat
+from volumejax.diagnostics import chain_mean, pareto_k_limit, split_r_hat
 
 
 def on_host(function):
@@ -161,3 +161,29 @@ def test_split_r_hat_at_both_ends():
     assert split_r_hat(np.zeros((2, 8))) == 1.0
     assert split_r_hat(np.repeat([[0.0], [1.0]], 8, axis=1)) == np.inf
     assert np.isnan(split_r_hat(np.full((2, 8), np.nan)))
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.9, -0.5])
+def test_the_mean_of_chains_has_an_honest_error(memory):
+    """Autoregressive chains whose mean is zero. Mutation caught: an error as if draws were independent."""
+    generator = np.random.default_rng(0)
+    noise = generator.normal(size=(200, 8, 500)) * np.sqrt(1.0 - memory**2)
+    draws = np.empty_like(noise)
+    draws[..., 0] = generator.normal(size=(200, 8))
+    for i in range(1, 500):
+        draws[..., i] = memory * draws[..., i - 1] + noise[..., i]
+    answers = [chain_mean(x) for x in draws]
+    scores = [answer.mean / answer.std_error for answer in answers]
+    assert 0.8 <= np.sqrt(np.mean(np.square(scores))) <= 1.25
+    independent = 4000.0 * (1.0 - memory) / (1.0 + memory)
+    assert 0.7 <= np.median([answer.ess for answer in answers]) / independent <= 1.2
+    assert max(answer.r_hat for answer in answers) < 1.2
+
+
+def test_chains_that_never_meet_have_the_error_of_their_scatter():
+    draws = np.random.default_rng(0).normal(size=(4, 1000)) * 0.01 + np.arange(4.0)[:, None]
+    answer = chain_mean(draws)
+    assert 0.99 <= answer.std_error / (np.std(np.arange(4.0), ddof=1) / 2.0) <= 1.5
+    assert answer.r_hat > 10.0 and answer.ess < 5.0
+    assert chain_mean(np.full((2, 10), 3.0)).std_error == 0.0
+    assert chain_mean(np.array([[1.0, np.nan, 2.0, 3.0]])).std_error == np.inf

@@ -161,3 +161,32 @@ def test_shell_and_star_by_sampling_a_box(seed):
 def test_normal_crossing_needs_integers():
     with pytest.raises(ValueError, match="round them"):
         reference.normal_crossing((0.5, 1), cutoff=0.1)
+
+
+@pytest.mark.parametrize("widths, rank", [([5, 3, 5], 0), ([5, 3, 4], 2), ([3, 4, 5, 3], 3)])
+def test_deep_linear_is_the_mean_square_error_over_the_ball(widths, rank):
+    """Mutations caught: the covariance 1/(d+2) as 1/d, a transposed product, the sum over outputs for their mean."""
+    problem = reference.deep_linear(widths, rank, scale=0.7)
+    assert float(problem.cost(problem.params)) == 0.0
+    params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), problem.params)
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(200_000, widths[0]))
+    x *= (generator.uniform(size=(len(x), 1)) ** (1.0 / widths[0])) / np.linalg.norm(x, axis=1, keepdims=True)
+    outputs = [x, x]
+    for name in problem.params:
+        outputs = [y @ np.asarray(w[name]).T for y, w in zip(outputs, (params, problem.params), strict=True)]
+    errors = np.mean((outputs[0] - outputs[1]) ** 2, axis=1)
+    std_error = np.std(errors) / np.sqrt(len(errors))
+    assert std_error <= 0.01 * np.mean(errors)
+    assert abs(float(problem.cost(params)) - np.mean(errors)) <= 4.0 * std_error
+    product = x
+    for name in problem.params:
+        product = product @ np.asarray(problem.params[name]).T
+    assert np.linalg.matrix_rank(product, tol=1e-3) == rank
+
+
+def test_deep_linear_refuses_what_it_cannot_be():
+    with pytest.raises(ValueError, match="smallest width"):
+        reference.deep_linear([3, 2, 3], 3)
+    with pytest.raises(ValueError, match="scale must be positive"):
+        reference.deep_linear([3, 2, 3], 1, scale=0.0)

@@ -47,6 +47,11 @@ class Behaviour(eqx.Module):
         """Return the cost of `params`."""
         return _mean(self, params)
 
+    @property
+    def num_examples(self) -> int:
+        """Number of examples, from which `on` selects."""
+        return len(self.examples)
+
     def on(self, indices: Any) -> "Behaviour":
         """Return the same behaviour on the examples `indices` (one-dimensional integers), repeats allowed.
 

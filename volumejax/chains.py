@@ -13,6 +13,8 @@ Numbers = Array | np.ndarray
 
 MOST_SEPARATION = 3.0
 """R-hat over chains from which on they are taken not to meet: slow mixing alone gives up to 2."""
+MOST_R_HAT, LEAST_ESS = 1.05, 100
+"""Of the cost's chains, for a learning coefficient to be quoted."""
 
 
 class Curve(eqx.Module):
@@ -32,11 +34,94 @@ class Curve(eqx.Module):
 
 
 class LearningCoefficient(eqx.Module):
-    """λ̂(β) = β(E_β C − C(θ0)), the local slope of the curve averaged over cutoffs with weight βe^{−βε}mass(ε)."""
+    """λ̂(β) = β(E_β C − C(θ0)), the local slope of the curve averaged over cutoffs with weight βe^{−βε}mass(ε).
+
+    The fields from `heat_capacity` on are those of `learning_coefficient`; None where another estimator made it.
+    """
 
     value: Float[Numbers, ""]
     std_error: Float[Numbers, ""]
     beta: Float[Numbers, ""]
+    heat_capacity: Float[Numbers, ""] | None = None
+    """β² Var_β C = λ̂ − dλ̂/d log β: equal to λ̂ where the curve is a power law."""
+    heat_capacity_error: Float[Numbers, ""] | None = None
+    r_hat: Float[Numbers, ""] | None = None
+    """Split R-hat of the cost over the chains."""
+    ess: Float[Numbers, ""] | None = None
+    """Effective sample size of the cost, all chains together."""
+    acceptance: Float[Numbers, ""] | None = None
+    """Mean Metropolis probability; NaN for unadjusted chains."""
+    step_size: Float[Numbers, ""] | None = None
+    gradients: Int[Numbers, ""] | None = None
+    """Gradients per chain, the discarded pilot included."""
+    costs: Float[Numbers, "chains draws"] | None = None
+    """C − C(θ0) of every draw, in nats, on all data."""
+
+    def without_logarithm(self, other: "LearningCoefficient") -> "LearningCoefficient":
+        """Return λ from two temperatures, without the term −(m−1)/log β of a multiplicity m that need not be known.
+
+        With L = log β, λ ≈ (L₂λ̂₂ − L₁λ̂₁)/(L₂ − L₁): λL − (m−1) is a straight line in L. What is left falls like 1/L²
+        where the cost and the prior have scales of about one.
+
+        Args:
+            other: the result at another β, from its own key; both β above 1.
+
+        Raises:
+            ValueError: the same β twice, or one of at most 1.
+
+        Example:
+            >>> cold, hot = (LearningCoefficient(*map(np.asarray, x)) for x in ((1.9, 0.01, 1e8), (1.85, 0.01, 1e5)))
+            >>> round(float(cold.without_logarithm(hot).value), 3)
+            1.983
+        """
+        logs = [float(np.log(np.asarray(x.beta))) for x in (self, other)]
+        if min(logs) <= 0.0 or logs[0] == logs[1]:
+            raise ValueError(
+                "two different temperatures with β above 1 are needed; run learning_coefficient at another β"
+            )
+        shares = np.array([logs[0], -logs[1]]) / (logs[0] - logs[1])
+        value = float(shares @ [float(self.value), float(other.value)])
+        error = math.hypot(*(shares * [float(self.std_error), float(other.std_error)]))
+        return LearningCoefficient(np.asarray(value), np.asarray(error), np.asarray(max(self.beta, other.beta)))
+
+    @property
+    def status(self) -> str:
+        """What a reader must know before quoting the number, with the remedy; concrete results only."""
+        return "; ".join(self._remarks()) or "ok"
+
+    def _remarks(self) -> list[str]:
+        remarks = []
+        if self.costs is not None and not np.all(np.isfinite(np.asarray(self.costs))):
+            return ["some costs are NaN or infinite: an unadjusted step that is too long, or a cost that breaks down"]
+        if self.r_hat is not None and not float(self.r_hat) <= MOST_R_HAT:
+            remarks.append(f"not mixed: R-hat {float(self.r_hat):.3f}; take more draws or longer trajectories")
+        if self.ess is not None and not float(self.ess) >= LEAST_ESS:
+            remarks.append(f"only {float(self.ess):.0f} effective draws: the error is uncertain; take more draws")
+        if self.acceptance is not None and float(self.acceptance) < 0.3:
+            remarks.append(f"acceptance {float(self.acceptance):.2f}: the chains hardly move")
+        if self.value < 0.0:
+            remarks.append(
+                "negative: the anchor is no minimum of the cost; train on, or use a cost that is least there"
+            )
+        return remarks
+
+    def to_dict(self) -> dict[str, float | int | str]:
+        """Return the scalars, flat, for a logger; concrete results only."""
+        numbers = ("value", "std_error", "beta", "heat_capacity", "heat_capacity_error", "r_hat", "ess")
+        numbers += ("acceptance", "step_size")
+        known = {name: float(x) for name in numbers if (x := getattr(self, name)) is not None}
+        return known | ({} if self.gradients is None else {"gradients": int(self.gradients)}) | {"status": self.status}
+
+    def summary(self) -> str:
+        """Return the result as a few lines of text; concrete results only."""
+        head = f"λ̂ = {float(self.value):.4g} ± {float(self.std_error):.2g} at β = {float(self.beta):g}"
+        if self.heat_capacity is None or self.r_hat is None or self.ess is None:
+            return head
+        return (
+            f"{head}\n  heat capacity {float(self.heat_capacity):.4g} ± {float(self.heat_capacity_error or 0.0):.2g}\n"
+            f"  R-hat {float(self.r_hat):.3f}, {float(self.ess):.0f} effective draws, "
+            f"{int(self.gradients or 0)} gradients a chain\n  status: {self.status}"
+        )
 
 
 class ChainTrace(eqx.Module):

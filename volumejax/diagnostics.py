@@ -1,6 +1,7 @@
 """How far a set of importance weights can be trusted. Log weights in nats, float64 throughout."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 __all__ = [
+    "ChainMean",
     "certified_lower",
+    "chain_mean",
     "effective_sample_size",
     "log_mean_error",
     "pareto_k",
@@ -55,6 +58,55 @@ def split_r_hat(groups: Float[np.ndarray, "groups draws"]) -> float:
     if within == 0.0:
         return 1.0 if between == 0.0 else math.inf
     return math.sqrt((half - 1) / half + between / within)
+
+
+class ChainMean(NamedTuple):
+    """The mean of correlated draws of several chains, with its standard error and the evidence for it."""
+
+    mean: float
+    std_error: float
+    ess: float
+    """Effective sample size: the number of independent draws that would know the mean as well."""
+    r_hat: float
+
+
+def chain_mean(draws: Float[np.ndarray, "chains draws"]) -> ChainMean:
+    """Return the mean over chains and draws, and how well it is known.
+
+    The autocorrelation is estimated over all chains, against the variance between and within them, and cut by Geyer's
+    initial monotone sequence. The error is the larger of what that says and of the chains' own scatter about their
+    mean, which also holds what is slower than a chain is long.
+
+    References: Geyer, Statistical Science 7, 473 (1992); Vehtari, Gelman, Simpson, Carpenter & Bürkner, Bayesian
+    Analysis 16, 667 (2021), eq. 10 and 11.
+
+    Example:
+        >>> import numpy as np
+        >>> answer = chain_mean(np.random.default_rng(0).normal(size=(4, 1000)))
+        >>> bool(abs(answer.mean) < 4 * answer.std_error), bool(0.01 < answer.std_error < 0.04)
+        (True, True)
+    """
+    x = np.asarray(draws, np.float64)
+    chains, count = x.shape
+    mean = float(x.mean())
+    if count < 4 or not np.all(np.isfinite(x)):
+        return ChainMean(mean, math.inf, math.nan, math.nan)
+    centred = x - x.mean(axis=1, keepdims=True)
+    spectrum = np.fft.rfft(centred, 2 * count, axis=1)
+    covariance = np.fft.irfft(np.abs(spectrum) ** 2, axis=1)[:, :count].mean(axis=0) / count
+    between = float(np.var(x.mean(axis=1), ddof=1)) if chains > 1 else 0.0
+    total = float(covariance[0]) + between
+    if total == 0.0:
+        return ChainMean(mean, 0.0, float(x.size), 1.0)
+    correlation = 1.0 - (covariance[0] - covariance) / total
+    pairs = correlation[: 2 * (count // 2)].reshape(-1, 2).sum(axis=1)
+    stop = np.flatnonzero(pairs <= 0.0)
+    pairs = np.minimum.accumulate(pairs[: int(stop[0]) if stop.size else len(pairs)])
+    time = max(2.0 * float(np.sum(pairs)) - 1.0, 1.0 / math.log10(max(x.size, 10)))
+    error = math.sqrt(total * time / x.size)
+    scatter = math.sqrt(between / chains)
+    std_error = max(error, scatter)
+    return ChainMean(mean, std_error, total / std_error**2, split_r_hat(x))
 
 
 def pareto_k_limit(num_rays: int) -> float:

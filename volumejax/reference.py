@@ -1,11 +1,11 @@
 """Problems with a known answer: a cost, a prior, an anchor, a cutoff, and the exact log mass of the region.
 
 The estimators are tested against these, and ``volumejax check`` runs them. The formulas are in
-``volumejax.exact``.
+``volumejax.exact``. Where only the learning coefficient is known, from ``volumejax.coefficients``, there is no cutoff.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from volumejax import exact, tree
+from volumejax import coefficients, exact, tree
 from volumejax.priors import Gaussian, Lebesgue, UniformBox
 from volumejax.tails import Numbers
 
 __all__ = [
     "Reference",
     "ReferenceCost",
+    "SingularReference",
+    "deep_linear",
     "ellipsoid",
     "normal_crossing",
     "quadratic",
@@ -83,6 +85,25 @@ class Reference:
     curvature: PyTree[Float[Array, "..."]] | None
     learning_coefficient: float | None
     slope: float | None
+
+
+@dataclass(frozen=True)
+class SingularReference:
+    """A cost whose learning coefficient is known and whose volume is not.
+
+    Attributes:
+        name: family and size.
+        cost: params -> scalar nats.
+        params: a true parameter, the most singular one, a pytree of float32, where the cost is zero.
+        learning_coefficient: λ.
+        multiplicity: m.
+    """
+
+    name: str
+    cost: ReferenceCost
+    params: PyTree[Float[Array, "..."]]
+    learning_coefficient: float
+    multiplicity: int
 
 
 def quadratic(h: Numbers, *, cutoff: float, sigma: float = 1.0, minimum: Numbers = 0.0) -> Reference:
@@ -266,6 +287,45 @@ def shell(dimension: int, *, cutoff: float, gaussian: bool = False) -> Reference
     )
 
 
+def deep_linear(widths: Sequence[int], rank: int, *, scale: float = 1.0) -> SingularReference:
+    r"""Return the population loss of a deep linear network, the true map having `rank` singular values of `scale`.
+
+    With Q the product of the layers less the true map, and inputs uniform in the unit ball, whose covariance is
+    I/(d_in + 2), the mean square error of an output is
+
+    .. math:: C = \frac{\|Q\|_F^2}{(d_{in} + 2)\,d_{out}} .
+
+    The anchor is balanced: every layer is scale^{1/L} on the first `rank` places of its diagonal and zero elsewhere,
+    which makes it the true parameter of least norm too.
+
+    Args:
+        widths: [d_in, hidden …, d_out].
+        rank: r of the true map.
+        scale: its singular values, positive.
+
+    Example:
+        >>> import volumejax.reference as vr
+        >>> problem = vr.deep_linear([5, 3, 5], 1)
+        >>> problem.learning_coefficient, problem.multiplicity, float(problem.cost(problem.params))
+        (8.0, 1, 0.0)
+    """
+    answer = coefficients.deep_linear(widths, rank)
+    if not (math.isfinite(scale) and scale > 0.0):
+        raise ValueError(f"scale must be positive and finite, got {scale}")
+    sides = list(zip(widths[1:], widths[:-1], strict=True))
+    values = jnp.full(rank, scale ** (1.0 / len(sides)), jnp.float32)
+    params = {f"w{i}": _corner(values, *side) for i, side in enumerate(sides, start=1)}
+    # From the rounded layers, so that the anchor's cost is exactly zero.
+    target = _layer_product(params)
+    return SingularReference(
+        name=f"deep linear, {'-'.join(map(str, widths))}, rank {rank}",
+        cost=ReferenceCost(_deep_linear, (target,)),
+        params=params,
+        learning_coefficient=answer.learning_coefficient,
+        multiplicity=answer.multiplicity,
+    )
+
+
 def tanh_gain_of_square(square: Float[Array, ""]) -> Float[Array, ""]:
     """Return g = E tanh²(ρz), z ~ N(0, 1), from ρ²: smooth at zero, where g ≈ ρ².
 
@@ -304,6 +364,24 @@ def _tanh_neuron(params: dict[str, Array]) -> Array:
 
 def _shell(w: Array) -> Array:
     return jnp.square(jnp.sum(jnp.square(w)) - 1.0)
+
+
+def _deep_linear(params: dict[str, Array], target: Array) -> Array:
+    outputs, inputs = target.shape
+    return jnp.sum(jnp.square(_layer_product(params) - target)) / ((inputs + 2.0) * outputs)
+
+
+def _layer_product(params: dict[str, Array]) -> Array:
+    layers = [params[f"w{i}"] for i in range(1, len(params) + 1)]
+    product = layers[0]
+    for layer in layers[1:]:
+        product = jnp.matmul(layer, product, precision=jax.lax.Precision.HIGHEST)
+    return product
+
+
+def _corner(values: Array, rows: int, columns: int) -> Array:
+    places = jnp.arange(values.size)
+    return jnp.zeros((rows, columns), jnp.float32).at[places, places].set(values)
 
 
 def _vector(values: Numbers) -> Float[Array, " D"]:

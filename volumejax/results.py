@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from volumejax.chains import ChainTrace, Curve, LearningCoefficient
+from volumejax.spectrum import SpectrumTrace
 
 __all__ = ["BoundKind", "Kind", "RayBatch", "Status", "VolumeEstimate"]
 
@@ -104,11 +105,11 @@ class VolumeEstimate(eqx.Module):
     scout_evaluations: Int[Array | np.ndarray, ""]
     """Cost evaluations spent on finding scale and noise before the first ray."""
     num_rays: int = eqx.field(static=True)
-    """Independent weights: rays, or annealed chains."""
+    """Independent weights: rays, annealed chains, or random probes."""
     region: str = eqx.field(static=True)
     curve: Curve | None = None
     learning_coefficient: LearningCoefficient | None = None
-    trace: RayBatch | ChainTrace | None = None
+    trace: RayBatch | ChainTrace | SpectrumTrace | None = None
 
     @property
     def bits(self) -> Any:
@@ -122,7 +123,9 @@ class VolumeEstimate(eqx.Module):
 
     @property
     def evaluations(self) -> int:
-        """Cost evaluations of scouts, search and audit, or gradients of all chains (concrete estimates only)."""
+        """Cost evaluations of rays, gradients of all chains, or curvature products (concrete estimates only)."""
+        if isinstance(self.trace, SpectrumTrace):
+            return int(self.trace.products)
         if isinstance(self.trace, ChainTrace):
             return int(self.trace.gradients) * self.trace.num_chains
         rays = 0 if self.trace is None else np.sum(self.trace.evaluations) + np.sum(self.trace.audit_evaluations)
@@ -153,6 +156,8 @@ class VolumeEstimate(eqx.Module):
         kind, n = Kind(int(self.kind)), self.num_rays
         if isinstance(self.trace, ChainTrace):
             remarks += self._chain_remarks(kind, self.trace)
+        elif isinstance(self.trace, SpectrumTrace):
+            remarks += ["a quadratic model at the anchor, and no bound", *self.trace.remarks()]
         elif not self.log_mass > -np.inf:
             remarks.append(
                 "no mass found: the anchor is outside the cutoff or the prior, or its parameters or cost are NaN; "
@@ -164,7 +169,7 @@ class VolumeEstimate(eqx.Module):
                 f"k-hat {float(self.pareto_k):.2f}); a proposal closer to the region's shape helps, more rays hardly do"
             )
         counts = self.counts
-        if counts.get("never_inside", 0) == n:
+        if counts.get("never_inside", 0) == n > 0:
             remarks.append("no ray found volume: the cost exceeds the cutoff next to the anchor; raise the cutoff")
         if counts.get("noise_limited"):
             remarks.append(
@@ -244,6 +249,9 @@ class VolumeEstimate(eqx.Module):
                 f"{float(self.hysteresis[0]):.2f}, heating {float(self.hysteresis[1]):.2f}, "
                 f"max R-hat {self.trace.slowest:.2f}, min overlap {self.trace.least_overlap:.2f}"
             )
+        elif isinstance(self.trace, SpectrumTrace):
+            low, high = (float(x) for x in self.trace.bracket)
+            evidence = f"  {int(self.trace.products)} curvature products: quadrature bracket [{low:.2f}, {high:.2f}]"
         else:
             evidence = (
                 f"  {self.num_rays} rays: log weight {float(self.mean_log_weight):.2f} ± "

@@ -18,6 +18,7 @@ __all__ = [
     "LogMass",
     "Numbers",
     "chi_square_contour",
+    "chi_square_measure",
     "chi_square_series",
     "log_gamma_p",
     "log_total",
@@ -187,7 +188,26 @@ def chi_square_contour(weights: Numbers, noncentrality: Numbers, x: float) -> Lo
         >>> round(vt.chi_square_contour([1.0, 2.0], [0.0, 3.0], 0.01).log_mass, 6)
         -7.144891
     """
-    lam, count, delta = _group(weights, noncentrality)
+    return chi_square_measure(*_group(weights, noncentrality), x)
+
+
+def chi_square_measure(weights: Numbers, counts: Numbers, noncentrality: Numbers, x: float) -> LogMass:
+    r"""Return what `chi_square_contour` does where each weight stands for a number of terms, whole or not.
+
+    A spectrum that is known as a quadrature rule gives such a measure; log E e^{sQ} is linear in it.
+
+    Args:
+        weights: λ > 0, shape (n,).
+        counts: how many χ² terms have that weight, shape (n,), non-negative.
+        noncentrality: their total δ² ≥ 0, shape (n,).
+        x: the threshold, x > 0.
+
+    Example:
+        >>> import volumejax.tails as vt
+        >>> round(vt.chi_square_measure([1.0, 2.0], [10.0, 0.5], [0.0, 3.0], 0.1).log_mass, 6)
+        -22.655451
+    """
+    lam, count, delta = (np.asarray(v, np.float64) for v in (weights, counts, noncentrality))
     lam = lam / x  # the threshold becomes 1
 
     def cumulant(s: ComplexVector) -> ComplexVector:
