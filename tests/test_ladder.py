@@ -40,6 +40,7 @@ def survey_of(spread_of_slope, *, covariance=0.0, bottom=0.0, step_size=0.3, con
         rises=[np.full((1, TABLE, 2 * LEAVES), 0.1) for _ in x],
         confined=np.full(STOPS, confined),
         as_one=False,
+        inside=np.ones(STOPS),
         beta=500.0,
         natural_beta=200.0,
         anchor_cost=0.0,
@@ -221,6 +222,12 @@ def test_steps_stay_within_their_bounds():
     rungs = kappa(survey_of(4.0, step_size=1e-4), most_steps=17)
     assert rungs.num_steps.max() == 17
     assert kappa(survey_of(4.0, step_size=50.0)).num_steps.min() == 2
+
+
+def test_nothing_is_stretched_where_trajectories_end_outside():
+    survey = survey_of(1.0, covariance=0.3)
+    free, crowded = (kappa(dataclasses.replace(survey, inside=np.full(STOPS, share))) for share in (0.98, 0.85))
+    assert np.all(total_stretch(free)[1:-1] > 0.0) and np.all(crowded.stretch == 0.0)
 
 
 def test_a_flat_prior_ends_without_a_tether():

@@ -19,6 +19,8 @@ __all__ = ["Survey", "best_shares", "kappa_ladder", "temperature_ladder"]
 Vector = NDArray[np.float64]
 
 _MOST_RUNGS = 400
+_CROWDED, _FREE = 0.9, 0.97
+"""Shares of trajectories inside, from which the maps stretch at all, and as much as they want to."""
 _PROBE, _LOST = 0.1, 0.01
 """A map over so much of x may take this share of the chains through the wall."""
 _MEMORY = 3.0
@@ -59,6 +61,7 @@ class Survey:
         rises: the part of B that is the cost's, likewise.
         confined: λ(x) = β(E − C(θ0)), nats.
         as_one: whether the maps stretch all leaves alike.
+        inside: share of trajectories that the region allowed, where no one map fits all of it; else 1.
         beta: inverse temperature of the κ ladder.
         natural_beta: where the mean cost is the cutoff.
         anchor_cost: C(θ0).
@@ -77,6 +80,7 @@ class Survey:
     rises: list[Vector]
     confined: Vector
     as_one: bool
+    inside: Vector
     beta: float
     natural_beta: float
     anchor_cost: float
@@ -236,6 +240,7 @@ def _smooth_work(survey: Survey, escort: float) -> tuple[Vector, Vector, Vector]
         told = next((ring for ring in rings if _samples([x[j] for j in ring]) > _PER_SHARE * shares.shape[1]), near)
         shares[i] = escort * best_shares([x[j] for j in told], [b[j] for j in told], as_one=survey.as_one)
         shares[i] *= _bearable(shares[i], survey.room[i], survey.rises[i], survey.stretching[i])
+        shares[i] *= float(np.clip((np.mean(survey.inside[near]) - _CROWDED) / (_FREE - _CROWDED), 0.0, 1.0))
         works = [x[j] - 0.5 * b[j] @ shares[i] for j in near]
         chains = works[0].shape[1]
         variance[i] = max(float(np.median([np.mean(w**2) for w in works])) * chains / max(chains - 1, 1), 1e-6)

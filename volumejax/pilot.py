@@ -46,7 +46,8 @@ _POOLED = 4
 _LEAST_MARGIN = 3.0
 """And by how many nats at least: with few confined directions the energy has an exponential tail."""
 _CHEAP, _CHEAP_SPREAD = 1000, 2.5
-"""Below so many dimensions steps are spread over so many e-folds: where regions have arms, no one step fits."""
+"""Below so many dimensions steps are spread over so many e-folds, and maps stretch all leaves alike: where regions have
+arms, no one step and no one map fits."""
 _PRESSED = 3.0
 """Mean of B, in roots of D, that says that the wall is felt."""
 _INFINITE = (
@@ -124,7 +125,7 @@ def fly(
     # What is left for the way up may not do for all that one would like to know.
     hurry = float(np.clip(0.5 * flight.gradients / ((_DOWN + _THERE) * budget), 1.0, _HURRY))
     stops = _ascend(flight, _plan(scouts, top, hurry), beta, settled, hurry, on_progress)
-    return Pilot(_survey(ensemble, stops, beta, natural, anchor_cost), flight.metric, ends, flight.gradients)
+    return Pilot(_survey(flight, stops, beta, natural), flight.metric, ends, flight.gradients)
 
 
 def _plan(scouts: list[_Stop], top: float, hurry: float) -> list[float]:
@@ -266,8 +267,8 @@ class _Flight:
 
     @property
     def as_one(self) -> bool:
-        """Whether all leaves have to be stretched alike, so that chains of the star stay on their rays."""
-        return bool(self.ensemble.checks)
+        """Whether all leaves are stretched alike: chains of the star stay on their rays, and arms differ in leaves."""
+        return bool(self.ensemble.checks) or self.ensemble.dimension < _CHEAP
 
     def stretch(self, log_factors: np.ndarray) -> None:
         """Scale the leaves of the displacements on the way to the next stop, where that stays inside."""
@@ -283,7 +284,8 @@ class _Flight:
             beta=np.full(3, beta),
             masses=np.repeat(1.0 / variance[None], 3, axis=0),
             step_size=np.full(3, gait.step),
-            spread=np.full(3, gait.spread),
+            # Any spread at all brings the short trajectories with it, which free chains that are held in an arm.
+            spread=np.full(3, max(gait.spread, 1e-9 if self.ensemble.dimension < _CHEAP else 0.0)),
             num_steps=np.full(3, steps, np.int32),
             num_moves=np.array([0, 1, 1], np.int32),
             stretch=np.stack([self.pending, 0.0 * self.pending, 0.0 * self.pending]),
@@ -429,9 +431,9 @@ def _smooth_steps(steps: np.ndarray) -> np.ndarray:
     return np.asarray(_CAREFUL * np.exp([min(np.mean(part), logs[i]) for i, part in enumerate(near)]))
 
 
-def _survey(
-    ensemble: Ensemble, stops: list[_Stop], beta: float, natural: float, anchor_cost: float
-) -> Survey:  # fmt: skip
+def _survey(flight: _Flight, stops: list[_Stop], beta: float, natural: float) -> Survey:
+    ensemble, anchor_cost = flight.ensemble, flight.anchor_cost
+    small = ensemble.dimension < _CHEAP
     return Survey(
         x=np.array([stop.x for stop in stops]),
         slope=[0.5 * np.exp(stop.x) * stop.record.square for stop in stops],
@@ -443,7 +445,8 @@ def _survey(
         room=[float(ensemble.cutoff) - stop.record.reach for stop in stops],
         rises=[np.nan_to_num(stop.record.rises) for stop in stops],
         confined=np.array([max(beta * (float(np.mean(stop.record.cost)) - anchor_cost), 0.0) for stop in stops]),
-        as_one=bool(ensemble.checks),
+        as_one=flight.as_one,
+        inside=np.array([float(np.mean(stop.record.inside)) if small else 1.0 for stop in stops]),
         beta=beta,
         natural_beta=natural,
         anchor_cost=anchor_cost,
