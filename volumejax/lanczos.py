@@ -11,42 +11,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from volumejax import tree
 from volumejax.spectrum import Tridiagonal
 
-__all__ = ["hessian_product", "lanczos"]
+__all__ = ["lanczos"]
 
 _BLOCK = 8
 """Basis vectors that are projected out at once."""
 _EXHAUSTED = 64.0 * float(np.finfo(np.float32).eps)
 """A residual below this share of the largest entry of T is rounding: the Krylov space is complete."""
-
-
-class _Product(eqx.Module):
-    """H·vector of a cost at a point, in whitened coordinates; float32."""
-
-    cost: Callable[[PyTree], Float[Array, ""]]
-    params: PyTree
-    scale: PyTree
-
-    def __call__(self, vector: PyTree) -> PyTree:
-        scaled = jax.tree.map(lambda v, s, x: (s * v).astype(x.dtype), vector, self.scale, self.params)
-        product = jax.jvp(jax.grad(self.cost), (self.params,), (scaled,))[1]
-        return jax.tree.map(lambda p, s: s * p.astype(jnp.float32), product, self.scale)
-
-
-def hessian_product(cost: Callable[[PyTree], Float[Array, ""]], params: PyTree, scale: PyTree) -> Callable:
-    """Return vector -> S·∇²C(params)·S·vector, S being the diagonal `scale` (scalars or leaves); forward over reverse.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> product = hessian_product(lambda w: jnp.sum(w**2 * jnp.array([1.0, 2.0])), jnp.zeros(2), 0.5)
-        >>> print(product(jnp.ones(2)))
-        [0.5 1. ]
-    """
-    return _Product(cost, params, tree.broadcast_to(scale, params, "scale"))
 
 
 def lanczos(product: Callable[[PyTree], PyTree], start: PyTree, num_steps: int) -> Tridiagonal:

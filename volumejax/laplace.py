@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from volumejax import exact, tree
 from volumejax.frames import Frame, frame_of
-from volumejax.lanczos import hessian_product, lanczos
+from volumejax.hessian import hessian_product
+from volumejax.lanczos import lanczos
 from volumejax.parallel import require_threefry
 from volumejax.priors import Gaussian, Lebesgue
 from volumejax.results import BoundKind, Kind, VolumeEstimate
@@ -153,7 +154,7 @@ def laplace_volume(
     if not room > 0.0:
         raise ValueError(f"the cost at the anchor leaves nothing of the cutoff {cutoff:g}; raise it")
     frame = frame_of(prior, params)
-    whitened = hessian_product(cost, params, frame.scale) if product is None else _Whitened(product, frame.scale)
+    whitened = _Whitened(hessian_product(cost, params) if product is None else product, frame.scale)
     model = _Model(frame, room)
     if isinstance(spectrum, DenseSpectrum):
         answer, error, trace = _dense(model, whitened, spectrum)
@@ -186,7 +187,7 @@ def _value(cost: Callable[[PyTree], Float[Array, ""]], params: PyTree) -> Float[
 
 
 class _Whitened(eqx.Module):
-    """A user's product in whitened coordinates."""
+    """A product in whitened coordinates."""
 
     product: Product
     scale: PyTree

@@ -25,7 +25,8 @@ from volumejax import tree
 from volumejax.chains import LearningCoefficient
 from volumejax.diagnostics import chain_mean
 from volumejax.frames import frame_of
-from volumejax.lanczos import hessian_product, lanczos
+from volumejax.hessian import hessian_product
+from volumejax.lanczos import lanczos
 from volumejax.langevin import Pull, wander
 from volumejax.parallel import require_threefry
 from volumejax.priors import Gaussian, Lebesgue
@@ -258,7 +259,7 @@ def _pull(prior: Any, params: PyTree, gamma: float) -> Pull:
 
 def _stiffest(key: Array, cost: Cost, params: PyTree, beta: float, pull: Pull) -> float:
     """Return the largest stiffness at the anchor, of βC with the prior and the localisation."""
-    product = _Stiffness(hessian_product(cost, params, 1.0), pull.precision, jnp.float32(beta))
+    product = _Stiffness(hessian_product(cost, params), pull.precision, jnp.float32(beta))
     top = float(gauss(lanczos(product, tree.normal_like(key, params), _PROBE_STEPS)).nodes[-1])
     if not (math.isfinite(top) and top > 0.0):
         raise ValueError("no curvature at the anchor to take a step size from; give SGLD(step=…) one")
