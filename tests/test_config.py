@@ -51,8 +51,8 @@ MISTAKES = {
     "quoted effort": ("effort: 0.5", "effort: '0.5'", "tethers[0].effort: is the string '0.5', not a number"),
     "two chains": (
         "effort: 0.5",
-        "num_chains: 2",
-        "tethers[0].num_chains: expected a number at least 4, got 2",
+        "num_chains: 1",
+        "tethers[0].num_chains: expected a number at least 2, got 1",
     ),
     "bare tether": ("{region: star, effort: 0.5}", "star", "tethers[0]: expected a mapping such as {region: ...}"),
     "tethers that are no list": (

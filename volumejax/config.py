@@ -177,7 +177,7 @@ class Tether(_Model):
 
     region: Literal["star", "connected"] = Field(examples=["region: connected"])
     effort: Annotated[PositiveFloat, Field(le=1000)] = 1.0
-    num_chains: Annotated[int, Field(ge=4, le=2**20)] | None = None
+    num_chains: Annotated[int, Field(ge=2, le=2**20)] | None = None
     label: Label | None = None
 
     @property

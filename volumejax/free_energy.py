@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logsumexp
 
-__all__ = ["acceptance_ratio", "log_mixture", "log_total_mass", "overlap"]
+__all__ = ["acceptance_ratio", "log_mixture", "log_total_mass", "overlap", "ratio_influences"]
 
 Vector = NDArray[np.float64]
 _ROUNDS = 48
@@ -51,6 +51,27 @@ def acceptance_ratio(forward: Vector, backward: Vector, guess: Vector | None = N
     out = 0.5 * (low + high)
     has_f, has_b = finite_f.any(-1), finite_b.any(-1)
     return np.where(has_f & has_b, out, np.where(has_f, -np.inf, np.where(has_b, np.inf, np.nan)))
+
+
+def ratio_influences(forward: Vector, backward: Vector, difference: Vector) -> tuple[Vector, Vector]:
+    """Return by how much each work pulls Bennett's estimate up or down, to first order; 0 for what is absent.
+
+    Args:
+        forward: as for `acceptance_ratio`.
+        backward: as for `acceptance_ratio`.
+        difference: its result, shape (...).
+
+    Returns:
+        Influences in nats, shaped like the works; at the solution they sum to zero.
+    """
+    present_f, present_b = ~np.isnan(forward), ~np.isnan(backward)
+    shift = np.log(np.maximum(present_f.sum(-1), 1)) - np.log(np.maximum(present_b.sum(-1), 1))
+    offset = (difference - shift)[..., None]
+    left = np.where(present_f, expit(offset - np.where(present_f, forward, np.inf)), 0.0)
+    right = np.where(present_b, expit(-offset - np.where(present_b, backward, np.inf)), 0.0)
+    slope = np.sum(left * (1.0 - left), -1) + np.sum(right * (1.0 - right), -1)
+    slope = np.where(slope > 0.0, slope, np.inf)[..., None]
+    return -left / slope, right / slope
 
 
 def overlap(forward: Vector, backward: Vector, difference: Vector) -> Vector:

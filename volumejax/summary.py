@@ -42,8 +42,10 @@ def summarise(
 ) -> VolumeEstimate:
     """Reduce what is there: a bound while the chains cool, an estimate from one pass, in the end from both.
 
-    The standard error joins a jackknife over groups of chains, which covers autocorrelation, with the part of the
-    hysteresis that chance does not explain, as if the two passes lay two standard deviations to either side.
+    The standard error joins statistics with the part of the hysteresis that chance does not explain, as if the two
+    passes lay two standard deviations to either side. Statistics are the larger of a jackknife over groups of chains,
+    which covers all autocorrelation, and of the chains' scatter on many stretches of the ladder, which few chains tell
+    too.
     """
     weights = tally.bound_weights(np.asarray(costs), float(tally.kappa.beta[-1])) if _cooled_once(tally) else None
     finished = bool(tally.final_costs)
@@ -91,8 +93,11 @@ def summarise(
         )
         differences.append(one - other)
     cooling, heating = (alone[which].log_mass for which in (COOLING, HEATING))
-    statistical = float(_jackknife(np.array([sums.log_mass for sums in without])))
-    chance = float(_jackknife(np.array(differences)))
+    statistical = max(
+        float(_jackknife(np.array([sums.log_mass for sums in without]))), tally.ladder_error(whole.kappa_differences)
+    )
+    # Each pass alone has half of the samples, and few chains leave the jackknife itself to chance.
+    chance = min(float(_jackknife(np.array(differences))), 2.0 * statistical)
     gap = cooling - heating
     lag = float(np.sqrt(max(gap**2 - (2.0 * chance) ** 2, 0.0))) if np.isfinite(gap) else np.inf
     systematic = lag / _LAG

@@ -8,7 +8,7 @@ from scipy.special import logsumexp
 
 from volumejax.annealing import Record
 from volumejax.ensemble import Rung
-from volumejax.free_energy import acceptance_ratio, log_mixture, log_total_mass, overlap
+from volumejax.free_energy import acceptance_ratio, log_mixture, log_total_mass, overlap, ratio_influences
 
 __all__ = ["COOLING", "HEATING", "Sums", "Tally"]
 
@@ -17,6 +17,8 @@ _WINDOW = 48
 """Rungs at the end of the ladder over which chains are compared with each other."""
 _QUARTILES = 1.349
 """Distance of a normal distribution's quartiles in standard deviations."""
+_STRETCHES = 24
+"""Of the ladder, as many as its error is made of: each longer than the chains remember."""
 Vector = NDArray[np.float64]
 
 
@@ -197,6 +199,23 @@ class Tally:
             within = np.median(about.var(axis=0, ddof=1), axis=0)
             worst = np.nanmax([worst, *np.sqrt(1.0 + ((high - low) / _QUARTILES) ** 2 / np.maximum(within, 1e-12))])
         return float(worst)
+
+    def ladder_error(self, differences: Vector) -> float:
+        """Return the standard error of the κ ladder's ΔF from the scatter of chains on stretches of the ladder.
+
+        A jackknife has as many terms as chains, and with few of them may come out near zero by chance; this has many,
+        but does not know what is remembered from one stretch to the next but one.
+        """
+        down, up = (_rows(self.kappa_seen[name]) for name in ("work_down", "work_up"))
+        shape = (len(down), 2, self.chains)
+        influence = np.zeros(shape)
+        forward, backward = ratio_influences(down[:-1], up[1:], differences)
+        influence[:-1] += forward.reshape(shape[0] - 1, 2, self.chains)
+        influence[1:] += backward.reshape(shape[0] - 1, 2, self.chains)
+        influence -= influence.mean(axis=2, keepdims=True)
+        parts = np.stack([part.sum(axis=0) for part in np.array_split(influence[1:], _STRETCHES)])
+        variance = np.sum(parts**2) + 2.0 * max(float(np.sum(parts[1:] * parts[:-1])), 0.0)
+        return float(np.sqrt(variance * self.chains / max(self.chains - 1, 1)))
 
     def overlaps(self, differences: Vector) -> Vector:
         """Return the overlap of each pair of neighbouring κ rungs."""

@@ -47,6 +47,8 @@ _GRADIENTS = 120_000
 little."""
 _PILOT, _KAPPA, _TEMPERATURE = 0.13, 0.38, 0.03
 """Shares of them for the pilot, each pass down or up the κ ladder, and the temperatures."""
+_LEAST_CHAINS, _PILOT_CHAINS = 2, 4
+"""Of each pass, and of the pilot, whose measurements are moments between chains."""
 _MOST_STEPS = 500
 _FORWARDS = 3
 """Evaluations of the cost that a gradient is worth."""
@@ -91,7 +93,8 @@ def tether_volume(
         region: `Connected()` or `Star()`.
         effort: scales the number of gradients, fixed beforehand: 1 means 120,000 per chain, four times as many for
             small problems. The error falls like its root, the bias of slow modes like its inverse.
-        num_chains: chains of each pass; None chooses between 4 and 64 by D.
+        num_chains: chains of each pass, at least 2; None chooses between 2 and 64 by D. At a given cost a few long
+            chains lag behind less than many short ones.
         beta_factor: multiplies the automatic inverse temperature; the answer does not depend on it.
         escort: largest share of a free direction's stretch that the maps between levels may take, 0 for plain weights.
         decades: how far below `cutoff` the curve reaches, in powers of ten.
@@ -205,7 +208,7 @@ def tether_stream(
         raise ValueError(f"escort must lie between 0 and 1, got {escort}")
     if not (math.isfinite(decades) and decades >= 0.0):
         raise ValueError(f"decades must be zero or a positive number, got {decades}")
-    for name, count, least in (("num_chains", num_chains, 4), ("batch_size", batch_size, 1)):
+    for name, count, least in (("num_chains", num_chains, _LEAST_CHAINS), ("batch_size", batch_size, 1)):
         if count is not None and count < least:
             raise ValueError(f"{name} must be at least {least}, got {count}")
     params = check_question(cost, params, prior, cutoff)
@@ -219,7 +222,7 @@ def tether_stream(
             region=region,
             callers_x64=bool(jax.config.read("jax_enable_x64")),
         )
-    chains = int(np.clip(20_000 // dimension, 4, 64)) if num_chains is None else num_chains
+    chains = int(np.clip(10_000 // dimension, _LEAST_CHAINS, 64)) if num_chains is None else num_chains
     devices = num_devices(mesh)
     chains = -(-chains // devices) * devices
     run = _Run(
@@ -342,7 +345,8 @@ class _Run:
         start = begin(
             ensemble, jax.random.fold_in(self.key, _START), first, jnp.arange(self.chains, dtype=jnp.int32), self.mesh
         )
-        for origin, legs, done in ((start, cool, False), (pilot.ends, heat, True)):
+        ends = jax.tree.map(lambda x: x[: self.chains], pilot.ends)
+        for origin, legs, done in ((start, cool, False), (ends, heat, True)):
             positions = origin
             for leg in legs:
                 for where, spent_here in self._follow(leg, positions):
@@ -357,7 +361,7 @@ class _Run:
         return fly(
             self.ensemble,
             jax.random.fold_in(self.key, _PILOT_KEY),
-            chains=self.chains,
+            chains=max(self.chains, _PILOT_CHAINS),
             budget=_PILOT * self.budget,
             anchor_cost=self.anchor_cost,
             beta_factor=self.beta_factor,
