@@ -125,6 +125,8 @@ def _band(axis: Axes, x: Sequence[float], rows: Sequence[Row], style: dict[str, 
         np.array([float(row.estimate[name]) for row in rows])
         for name in ("mean_log_weight", "std_log_weight", "log_mass")
     )
+    # Where a ray has no volume the mean is −inf and the spread +inf: no band there.
+    spread = np.where(np.isfinite(mean), spread, 0.0)
     axis.fill_between(x, mean - spread + shift, mean + spread + shift, color=style["color"], alpha=0.18, lw=0)
     axis.plot(x, mean + shift, **style)
     axis.plot(x, log_mass + shift, ls="", marker="D", ms=3.5, color=style["color"], mec=PAPER, mew=0.6)
