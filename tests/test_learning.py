@@ -80,8 +80,8 @@ ROWS = [
     ([5, 3, 5], 1, 1e8),
     ([5, 3, 5], 2, 1e8),
     ([5, 3, 5], 3, 1e8),
-    # At 1e8 one layer is 10⁴ times narrower than the other in the widest valley, and R-hat says that chains do not mix.
-    ([4, 3, 8], 0, 1e5),
+    # One layer is 10⁴ times narrower than the other in the widest valley: chains caught outside of it never return.
+    ([4, 3, 8], 0, 1e8),
     ([3, 3, 3, 3], 0, 1e8),
 ]
 
@@ -89,7 +89,9 @@ ROWS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("widths, rank, beta", ROWS)
 def test_deep_linear_networks(widths, rank, beta):
-    """Mutation caught: a release so fast that chains are caught in strata of the wrong weight."""
+    """Mutations caught: a release so fast that chains are caught in strata of the wrong weight; no cull of those that
+    are, which leaves 4-3-8 with an R-hat of 1.08.
+    """
     problem = reference.deep_linear(widths, rank)
     sampler = vj.Hamiltonian(num_chains=32, num_draws=240)
     for seed in range(3):
@@ -202,10 +204,10 @@ def test_errors_are_honest():
     problem, truth = reference.quadratic(h, cutoff=1.0), coefficients.localised_quadratic(h, beta=10.0, gamma=1.0)
     sampler = vj.Hamiltonian(num_chains=8, num_draws=96, num_steps=8)
     scores = []
-    for seed in range(30):
+    for seed in range(200):
         result = measure(problem, seed, beta=10.0, sampler=sampler)
         scores.append((result.value - truth) / result.std_error)
-    assert 0.75 <= np.sqrt(np.mean(np.square(scores))) <= 1.3
+    assert 0.8 <= np.sqrt(np.mean(np.square(scores))) <= 1.25
 
 
 def test_what_cannot_be_quoted_says_so():

@@ -1,8 +1,15 @@
-"""Adjusted chains let go from the anchor: a discarded pilot that sets step and metric, then draws.
+r"""Adjusted chains let go from the anchor: a discarded pilot that sets step and metric, then draws.
 
 The chains start from a Gaussian so tight around the anchor that they do not feel the cost, and are let go in steps.
 Each step offers the stretch that free directions want, so that chains come out of a singular minimum into the valleys
-that meet there, in the proportions of the target. What the pilot has seen is thrown away.
+that meet there, in the proportions of the target. Where valleys lose touch with each other on the way, a chain carries
+the weight that its own valley has kept,
+
+.. math:: \log w = \int \tfrac12 \mathbb{E}\left[ a|\delta|^2 \right] d\log(1/a) ,
+
+and one whose weight is as good as zero is replaced by a copy of another. What the pilot has seen is thrown away.
+
+Reference: Neal, Statistics and Computing 11, 125 (2001), for the weights; here integrated over the draws of each visit.
 """
 
 import math
@@ -13,9 +20,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from numpy.typing import NDArray
 
+from volumejax import tree
+from volumejax.annealing import begin, slopes
 from volumejax.ensemble import Ensemble, Position, Rung
 from volumejax.frames import Frame
 from volumejax.kernels import hmc
@@ -51,6 +60,9 @@ _GAIN = 0.7
 """Change of the log step for an acceptance that is off by one."""
 _KEPT = 4
 """Slopes of the last visits that make the metric."""
+_LOST, _SURE = 5.0, 2.5
+"""Nats below the mean weight at which a chain is given up, and that many deviations of most chains' log weights: what
+is noise may be large, and says nothing about the valleys."""
 
 
 class Pilot(NamedTuple):
@@ -64,6 +76,18 @@ class Pilot(NamedTuple):
     gradients: int
 
 
+class _Draws(NamedTuple):
+    """What the trajectories of one visit came to; axes [moves, chains]."""
+
+    cost: Float[Array, "moves chains"]
+    acceptance: Float[Array, "moves chains"]
+    """Metropolis probability."""
+    square: Float[Array, "moves chains"]
+    """a|δ|²."""
+    virial: Float[Array, "moves chains"]
+    """βδ·∇C + b·δ, which with it makes D on average."""
+
+
 @eqx.filter_jit
 def _visit(
     ensemble: Ensemble,
@@ -72,43 +96,24 @@ def _visit(
     positions: Position,
     rung: Rung,
     num_steps: Int[Array, "moves"],
-) -> tuple[Position, Float[Array, "moves chains"], Float[Array, "moves chains"]]:
-    """Move all chains; return the cost after each trajectory and its Metropolis probability."""
+) -> tuple[Position, _Draws]:
+    """Move all chains."""
     chains = jnp.arange(positions.cost.shape[0], dtype=jnp.int32)
     _, step = hmc(ensemble, rung, metric)
 
-    def move(positions: Position, m: Array) -> tuple[Position, tuple[Array, Array]]:
-        def one(index: Array, position: Position) -> tuple[Position, Array]:
+    def move(positions: Position, m: Array) -> tuple[Position, _Draws]:
+        def one(index: Array, position: Position) -> tuple[Position, _Draws]:
             pace = jnp.where(m % _CYCLE == _CYCLE - 1, jnp.float32(_SLOW), jnp.float32(1.0))
             position, info = step(jax.random.fold_in(jax.random.fold_in(key, index), m), position, num_steps[m], pace)
-            return position, info.acceptance
+            d = position.displacement
+            with jax.enable_x64(True):
+                square = rung.precision * tree.dot(d, d)
+                virial = rung.beta * jnp.sum(position.virials[0]) + ensemble.frame.pulled(d)
+            return position, _Draws(position.cost, info.acceptance, jnp.asarray(square), jnp.asarray(virial))
 
-        positions, acceptance = jax.vmap(one)(chains, positions)
-        return positions, (positions.cost, acceptance)
+        return jax.vmap(one)(chains, positions)
 
-    positions, (costs, acceptance) = jax.lax.scan(move, positions, jnp.arange(_MOVES))
-    return positions, costs, acceptance
-
-
-@eqx.filter_jit
-def _look(
-    ensemble: Ensemble, positions: Position
-) -> tuple[list[Float[Array, "chains ..."]], Float[Array, "chains leaves"]]:
-    """Return gradients of C and the mean squares of the leaves, in whitened coordinates."""
-    slopes = jax.lax.map(lambda d: jax.tree.leaves(ensemble.value_and_slope(d)[1]), positions.displacement)
-    squares = [jnp.mean(jnp.square(x.reshape(len(x), -1)), axis=1) for x in jax.tree.leaves(positions.displacement)]
-    return slopes, jnp.stack(squares, axis=1)
-
-
-@eqx.filter_jit
-def _begin(ensemble: Ensemble, key: Key[Array, ""], precision: Float[Array, ""], num_chains: int) -> Position:
-    def one(index: Array) -> Position:
-        displacement = ensemble.frame.draw_reference(jax.random.fold_in(key, index), precision)
-        with jax.enable_x64(True):
-            cost = jnp.where(ensemble.frame.supports(displacement), ensemble.value(displacement), jnp.inf)
-            return Position(displacement, cost, cost, ensemble.no_virials)
-
-    return jax.vmap(one)(jnp.arange(num_chains, dtype=jnp.int32))
+    return jax.lax.scan(move, positions, jnp.arange(_MOVES))
 
 
 @eqx.filter_jit
@@ -168,7 +173,9 @@ def release(
         journey.visit()
         count += 1
         if count % _REFIT == 0:
+            journey.cull()
             journey.refit()
+    journey.cull()
     if precision == 0.0:
         journey.precision = 0.0
     for window, visits in enumerate(_SETTLE):
@@ -194,8 +201,8 @@ def sample(
     for block in range(-(-num_draws // _MOVES)):
         here = jax.random.fold_in(key, block)
         steps = jnp.asarray(_lengths(here, _MOVES, num_steps))
-        positions, costs, acceptance = _visit(pilot.ensemble, pilot.metric, here, positions, pilot.rung, steps)
-        blocks.append((np.asarray(costs, np.float64), np.asarray(acceptance)))
+        positions, draws = _visit(pilot.ensemble, pilot.metric, here, positions, pilot.rung, steps)
+        blocks.append((np.asarray(draws.cost, np.float64), np.asarray(draws.acceptance)))
     costs, acceptance = (np.concatenate(parts)[:num_draws] for parts in zip(*blocks, strict=True))
     return costs.T, _judged(acceptance)
 
@@ -209,6 +216,7 @@ class _Journey:
         self.metric = plain_metric(ensemble.frame.anchor, turns=self.turns)
         self.log_step, self.visits, self.gradients = math.log(0.1), 0, 0
         self.seen: list[tuple[list[NDArray], NDArray]] = []
+        self.fall = 0.0
 
     def start(self, precision: float, num_chains: int) -> None:
         """Draw the chains where they do not yet feel the cost."""
@@ -218,12 +226,14 @@ class _Journey:
         while True:
             with jax.enable_x64(True):
                 a = jnp.float64(precision)
-            positions = _begin(self.ensemble, key, a, num_chains)
+            positions = begin(self.ensemble, key, a, jnp.arange(num_chains, dtype=jnp.int32), None)
             felt = self.beta * (float(np.mean(np.asarray(positions.cost))) - lowest)
-            if felt <= _TIGHT * self.ensemble.dimension or precision > _TIGHTEST:
+            inside = jax.vmap(self.ensemble.frame.supports)(positions.displacement).all()
+            if (inside and felt <= _TIGHT * self.ensemble.dimension) or precision > _TIGHTEST:
                 break
             precision *= 4.0
         self.positions, self.precision = positions, precision
+        self.log_weights = np.zeros(num_chains)
         self._look()
 
     def go(self, precision: float) -> None:
@@ -232,25 +242,38 @@ class _Journey:
             here, there, beta = (jnp.float64(x) for x in (self.precision, precision, self.beta))
         key = jax.random.fold_in(jax.random.fold_in(self.key, 2), self.visits)
         self.positions = _stretch(self.ensemble, self.metric, key, self.positions, here, there, beta)
+        self.fall = math.log(self.precision / precision)
         self.precision = precision
 
     def visit(self) -> None:
-        """Move, and tune the step by what was accepted."""
+        """Move, weigh the way there, and tune the step by what was accepted."""
         self.visits += 1
         key = jax.random.fold_in(jax.random.fold_in(self.key, 1), self.visits)
         steps = _lengths(key, _MOVES, self.num_steps)
-        self.positions, _, acceptance = _visit(
-            self.ensemble, self.metric, key, self.positions, self.rung(), jnp.asarray(steps)
-        )
+        self.positions, draws = _visit(self.ensemble, self.metric, key, self.positions, self.rung(), jnp.asarray(steps))
         self.gradients += int(np.sum(steps)) + _MOVES
-        self.log_step += _GAIN * (_judged(np.asarray(acceptance)) - _TARGET)
+        self.log_step += _GAIN * (_judged(np.asarray(draws.acceptance)) - _TARGET)
+        self.log_weights += 0.5 * self.fall * _mean_square(draws, self.ensemble.dimension)
+        self.fall = 0.0
         self._look()
 
     def refit(self) -> None:
         """Fit the metric to the slopes of the last visits."""
-        slopes = [np.concatenate(parts) for parts in zip(*(s for s, _ in self.seen), strict=True)]
-        samples = len(slopes[0])
-        self.metric = fit_metric(slopes, np.full(samples, self.beta), max(self.precision, 1e-30), turns=self.turns)
+        found = [np.concatenate(parts) for parts in zip(*(s for s, _ in self.seen), strict=True)]
+        betas = np.full(len(found[0]), self.beta)
+        self.metric = fit_metric(found, betas, max(self.precision, 1e-30), turns=self.turns)
+
+    def cull(self) -> None:
+        """Put copies in the place of chains that stand where next to nothing of the target is."""
+        lost = _lost(self.log_weights)
+        if not lost.any():
+            return
+        key = jax.random.fold_in(jax.random.fold_in(self.key, 3), self.visits)
+        heirs = np.asarray(jax.random.choice(key, np.flatnonzero(~lost), (len(lost),)))
+        source = np.where(lost, heirs, np.arange(len(lost)))
+        self.positions = jax.tree.map(lambda x: x[source], self.positions)
+        self.log_weights = self.log_weights[source]
+        self.seen = [([s[source] for s in found], squares[source]) for found, squares in self.seen]
 
     def rung(self) -> Rung:
         """Return the target and the moves as data of the compiled program."""
@@ -268,9 +291,31 @@ class _Journey:
             )
 
     def _look(self) -> None:
-        slopes, squares = _look(self.ensemble, self.positions)
-        self.seen.append(([np.asarray(s) for s in slopes], np.asarray(squares, np.float64)))
+        found = [np.asarray(s) for s in slopes(self.ensemble, self.positions, 1)]
+        leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(self.positions.displacement)]
+        squares = np.stack([np.mean(np.square(x.reshape(len(x), -1)), axis=1) for x in leaves], axis=1)
+        self.seen.append((found, squares))
         del self.seen[:-_KEPT]
+
+
+def _mean_square(draws: _Draws, dimension: int) -> Float[NDArray, "chains"]:
+    """Return a E|δ|² for each chain, from the draws of |δ|² and what the virial identity makes of the others."""
+    square, virial = np.asarray(draws.square, np.float64), np.asarray(draws.virial, np.float64)
+    with np.errstate(invalid="ignore"):
+        excess = square + virial - dimension
+    if not np.all(np.isfinite(excess)):
+        return np.mean(square, axis=0)
+    inner, own = excess - excess.mean(axis=0), square - square.mean(axis=0)
+    scale = float(np.sum(inner * inner))
+    share = float(np.sum(inner * own)) / scale if scale > 0.0 else 0.0
+    return np.mean(square - share * excess, axis=0)
+
+
+def _lost(log_weights: Float[NDArray, "chains"]) -> Bool[NDArray, "chains"]:
+    """Return which chains have next to no weight against most, beyond what the scatter of most explains."""
+    below = np.median(log_weights) - log_weights
+    noise = 1.4826 * float(np.median(np.abs(below)))
+    return below > max(_LOST, _SURE * noise)
 
 
 def _judged(acceptance: NDArray) -> float:
