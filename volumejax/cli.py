@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from volumejax.config import Config
+    from volumejax.config import AnyConfig
     from volumejax.records import Run
 
 OK, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
@@ -99,7 +99,7 @@ def _run(arguments: argparse.Namespace) -> int:
     run = records.Run(
         name=config.name,
         created=created,
-        cutoff=config.cutoff,
+        cutoff=0.0 if isinstance(config, configs.LearningConfig) else config.cutoff,
         complete=False,
         quick=arguments.quick,
         rows=(),
@@ -107,7 +107,12 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     try:
         with terminal.Reporter(out) as reporter:
-            if config.is_series:
+            if isinstance(config, configs.LearningConfig):
+                from volumejax.learning_series import prepare_learning, run_learning
+
+                setting = prepare_learning(config)
+                rows, wanted = run_learning(setting, reporter), setting.num_rows
+            elif config.is_series:
                 from volumejax.series import prepare_series, run_series
 
                 setting = prepare_series(config, reporter)
@@ -147,9 +152,15 @@ def _run(arguments: argparse.Namespace) -> int:
     return OK if complete else INTERRUPTED
 
 
-def _plan(config: "Config") -> str:
+def _plan(config: "AnyConfig") -> str:
     """What will be measured, in a few words."""
+    from volumejax.config import LearningConfig
+
     parts = []
+    if isinstance(config, LearningConfig):
+        chains = f"{config.num_chains} chains of {config.num_draws} draws"
+        temperatures = _counted(len(config.betas), "temperature")
+        return f"{_counted(len(config.task.networks), 'network')} at {temperatures}, {chains} each"
     if config.proposals:
         parts.append(f"{_counted(len(config.proposals), 'proposal')}, {config.num_rays} rays each")
     if config.cutoffs:
@@ -208,7 +219,7 @@ def _show(run: "Run", path: Path) -> None:
     if not run.complete:
         out.print("partial: the run was interrupted; this is what had been measured by then.")
     if run.quick:
-        out.print("quick run: few rays and short chains; a full run gives tighter bounds.")
+        out.print("quick run: few rays and short chains; a full run says more.")
     for note in table.notes(run):
         out.print(note)
     out.print(f"report: {path}", soft_wrap=True)

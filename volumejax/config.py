@@ -28,9 +28,18 @@ except ImportError as error:
 
 from volumejax.config_errors import ConfigError, as_number, explain, one_line, read_yaml
 
-__all__ = ["Config", "ConfigError", "dump_config", "load_config", "parse_config", "quick"]
+__all__ = [
+    "AnyConfig",
+    "Config",
+    "ConfigError",
+    "LearningConfig",
+    "dump_config",
+    "load_config",
+    "parse_config",
+    "quick",
+]
 
-QUICK_RAYS, QUICK_EFFORT = 48, 0.01
+QUICK_RAYS, QUICK_EFFORT, QUICK_CHAINS, QUICK_DRAWS = 48, 0.01, 8, 64
 
 
 def _number_or_word(value: Any) -> str:
@@ -73,6 +82,13 @@ class GaussianPrior(_Model):
 
     kind: Literal["gaussian"]
     sigma: Sigma = Field(examples=["sigma: 1.3975"])
+
+
+class FixedPrior(_Model):
+    """N(0, sigma²) on every parameter."""
+
+    kind: Literal["gaussian"]
+    sigma: PositiveFloat = Field(examples=["sigma: 1.0"])
 
 
 class Recorded(_Model):
@@ -247,6 +263,61 @@ class Config(_Model):
         return found[0] if len(found) == 1 else "entries"
 
 
+class DeepLinearNetwork(_Model):
+    """A linear network, layer by layer, whose true map has that rank."""
+
+    widths: Annotated[tuple[Count, ...], Field(strict=False, min_length=2)] = Field(examples=["widths: [5, 3, 5]"])
+    rank: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _has_rank(self) -> "DeepLinearNetwork":
+        if self.rank > min(self.widths):
+            raise PydanticCustomError(
+                "rank", "rank is above the smallest width, {least}; lower it", {"least": min(self.widths)}
+            )
+        return self
+
+    @property
+    def name(self) -> str:
+        """Widths and rank."""
+        return f"{'-'.join(map(str, self.widths))} rank {self.rank}"
+
+
+class DeepLinearTask(_Model):
+    """Deep linear networks with the population loss, whose learning coefficients are known."""
+
+    kind: Literal["deep_linear"]
+    networks: Annotated[tuple[DeepLinearNetwork, ...], Field(strict=False, min_length=1)] = Field(
+        examples=["networks: [{widths: [5, 3, 5], rank: 1}]"]
+    )
+
+
+class LearningConfig(_Model):
+    """Learning coefficients by adjusted chains, at each temperature, for each network of the task."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$", examples=["name: my_experiment"])]
+    task: DeepLinearTask
+    prior: FixedPrior = Field(examples=["prior: {kind: gaussian, sigma: 1.0}"])
+    betas: Annotated[tuple[Annotated[float, Field(gt=1)], ...], Field(strict=False, min_length=1, max_length=2)] = (
+        Field(examples=["betas: [1e5, 1e8]"])
+    )
+    num_chains: Annotated[int, Field(ge=2, le=2**20)] = 32
+    num_draws: Annotated[int, Field(ge=8, le=2**31 - 1)] = 400
+    seed: Seed = 0
+    output: Annotated[str, Field(min_length=1)] = "runs"
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "LearningConfig":
+        if len(set(self.betas)) < len(self.betas):
+            raise PydanticCustomError("betas", "betas holds a number twice; remove one of them")
+        names = [network.name for network in self.task.networks]
+        if len(set(names)) < len(names):
+            raise PydanticCustomError("networks", "task.networks holds a network twice; remove one of them")
+        return self
+
+
+AnyConfig = Config | LearningConfig
+
 _MODELS: dict[str, type[BaseModel]] = {
     "": Config,
     "task": DigitsTask,
@@ -259,9 +330,15 @@ _MODELS: dict[str, type[BaseModel]] = {
     "dense_ggn": DenseGGNProposal,
     "tuned": TunedProposal,
 }
+_LEARNING_MODELS: dict[str, type[BaseModel]] = {
+    "": LearningConfig,
+    "task": DeepLinearTask,
+    "prior": FixedPrior,
+    "networks": DeepLinearNetwork,
+}
 
 
-def load_config(path: str | Path) -> Config:
+def load_config(path: str | Path) -> AnyConfig:
     """Read an experiment file.
 
     Args:
@@ -286,7 +363,7 @@ def load_config(path: str | Path) -> Config:
     return parse_config(text, source=str(path))
 
 
-def parse_config(text: str, *, source: str = "config") -> Config:
+def parse_config(text: str, *, source: str = "config") -> AnyConfig:
     """Parse the text of an experiment file.
 
     Args:
@@ -305,26 +382,36 @@ def parse_config(text: str, *, source: str = "config") -> Config:
         0.01
     """
     data = read_yaml(text, source)
+    task = data.get("task")
+    models = _LEARNING_MODELS if isinstance(task, dict) and task.get("kind") == "deep_linear" else _MODELS
+    root = LearningConfig if models is _LEARNING_MODELS else Config
     try:
-        return Config.model_validate(data)
+        return root.model_validate(data)
     except ValidationError as error:
-        raise explain(error, data, text, source, _MODELS) from None
+        raise explain(error, data, text, source, models) from None
 
 
-def dump_config(config: Config) -> str:
+def dump_config(config: AnyConfig) -> str:
     """The configuration as YAML 1.2 that ``parse_config`` reads back, defaults written out."""
     stream = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]  (untyped upstream)
     data = config.model_dump(mode="json", exclude_none=True)
-    data["proposals"] = [{"kind": entry["kind"], **entry} for entry in data["proposals"]]
+    if "proposals" in data:
+        data["proposals"] = [{"kind": entry["kind"], **entry} for entry in data["proposals"]]
     yaml.dump(data, stream)
     return stream.getvalue()
 
 
-def quick(config: Config) -> Config:
+def quick(config: AnyConfig) -> AnyConfig:
     """The same experiment with few rays per proposal and short chains, for continuous integration."""
+    if isinstance(config, LearningConfig):
+        few = {
+            "num_chains": min(config.num_chains, QUICK_CHAINS),
+            "num_draws": min(config.num_draws, QUICK_DRAWS),
+        }
+        return config.model_copy(update=few)
     tethers = tuple(entry.model_copy(update={"effort": min(entry.effort, QUICK_EFFORT)}) for entry in config.tethers)
     return config.model_copy(update={"num_rays": min(config.num_rays, QUICK_RAYS), "tethers": tethers})
 

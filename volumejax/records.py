@@ -24,17 +24,20 @@ FORMAT = 2
 """What is written; 1, without chains, is read as well."""
 CONFIG_FILE, RESULT_FILE, RAYS_FILE = "config.yaml", "result.json", "rays.npz"
 TETHER = "tether"
-"""The `kind` of a row that chains made; any other names a ray proposal."""
+"""The `kind` of a row that chains made; any other but the next names a ray proposal."""
+LEARNING = "learning"
+"""The `kind` of a row that holds a learning coefficient and no volume."""
 Scalar = float | int | str
 _PACKAGES = ("volumejax", "jax", "jaxlib", "flax", "optax", "equinox", "numpy", "scipy", "scikit-learn")
 _NEEDED = {
-    False: {"log_weight", "radius"},
-    True: {
+    TETHER: {
         *("precision", "mean_square", "acceptance", "overlap", "log_weights"),
         *("betas", "energies", "energy_errors", "heat_capacities"),
     },
+    LEARNING: {"costs_0"},
 }
-"""Arrays that the figures of a row draw, from rays and from chains."""
+_RAYS_NEEDED = {"log_weight", "radius"}
+"""Arrays that the figures of a row draw, by its kind, and those of rays."""
 _NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
@@ -54,24 +57,29 @@ class Row(BaseModel):
     recorded: dict[str, float] = Field(default_factory=dict)
     """Published values: any of best, mean, sd."""
     estimate: dict[str, Scalar]
-    """`VolumeEstimate.to_dict()`."""
+    """`VolumeEstimate.to_dict()`; for a learning coefficient that of the coldest, with the others and the truth."""
     position: dict[str, float] = Field(default_factory=dict)
     """Where the row lies in a series: any of step, cutoff, damping, exponent, beta."""
     rays: dict[str, np.ndarray] = Field(default_factory=dict, exclude=True)
     """The arrays of `RayBatch`, each with one entry per ray; empty where chains made the row."""
     chains: dict[str, np.ndarray] = Field(default_factory=dict, exclude=True)
     """The arrays of `ChainTrace`, and those of `Curve` as curve_cutoffs, curve_log_mass, curve_std_error once the
-    chains have come that far; empty where rays made the row."""
+    chains have come that far; for a learning coefficient the costs of its draws; empty where rays made the row."""
 
     @property
     def from_chains(self) -> bool:
-        """Whether chains made this row, and not rays."""
+        """Whether chains made this row's volume, and not rays."""
         return self.kind == TETHER
+
+    @property
+    def is_coefficient(self) -> bool:
+        """Whether the row holds a learning coefficient and no volume."""
+        return self.kind == LEARNING
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """The row's rays or its chains."""
-        return self.chains if self.from_chains else self.rays
+        return self.chains if self.kind in _NEEDED else self.rays
 
 
 class Run(BaseModel):
@@ -82,6 +90,7 @@ class Run(BaseModel):
     name: str
     created: str
     cutoff: float
+    """ε in nats; 0 where learning coefficients were measured, which are about the limit ε → 0."""
     complete: bool
     quick: bool = False
     rows: tuple[Row, ...]
@@ -196,7 +205,7 @@ def read_run(directory: str | Path) -> Run:
         raise RecordError(f"{path}: is not valid JSON; run the experiment again") from None
     arrays = _read_arrays(directory / RAYS_FILE, run.rows)
     rows = tuple(
-        row.model_copy(update={"chains" if row.from_chains else "rays": found})
+        row.model_copy(update={"chains" if row.kind in _NEEDED else "rays": found})
         for row, found in zip(run.rows, arrays, strict=True)
     )
     config = _read(directory / CONFIG_FILE).decode(errors="replace")
@@ -258,8 +267,8 @@ def _read_arrays(path: Path, rows: Sequence[Row]) -> list[dict[str, np.ndarray]]
     ):
         raise RecordError(f"{path}: is damaged or from another run; run the experiment again") from None
     for row, arrays in zip(rows, found, strict=True):
-        if not _NEEDED[row.from_chains] <= arrays.keys():
-            what = "chains" if row.from_chains else "rays"
+        if not _NEEDED.get(row.kind, _RAYS_NEEDED) <= arrays.keys():
+            what = "rays" if row.kind not in _NEEDED else "chains"
             raise RecordError(f"{path}: lacks the {what} of a row in {RESULT_FILE}; run the experiment again")
     return found
 

@@ -1,5 +1,6 @@
 """A run's figures and its report: one HTML file that needs nothing else."""
 
+import math
 import re
 from collections.abc import Sequence
 from importlib import resources
@@ -13,13 +14,18 @@ try:
 except ImportError as error:
     raise ImportError("reports need the run extra: pip install 'volumejax[run]'") from error
 
-from volumejax import chain_plots, plots, series_plots
+from volumejax import chain_plots, learning_plots, plots, series_plots
 from volumejax.records import RecordError, Row, Run, write_file
 from volumejax.table import HEADERS, cells, filled, notes, number
 
 REPORT_FILE, FIGURE_FOLDER = "report.html", "figures"
 
 CAPTIONS = {
+    "coefficients": (
+        "Above, learning coefficients as the chains find them over the exact values: on the line they agree. Crosses "
+        "are half the numbers of parameters, what a regular minimum would have. Below, by how much the chains are off, "
+        "with one standard error."
+    ),
     "summary": (
         "What may be claimed for each proposal: an arrow starts at a certified lower bound, a dot is "
         "an estimate with its 95 % interval, and the pale bar is the spread of single rays. All rows measure "
@@ -111,6 +117,9 @@ def publish(directory: Path, run: Run) -> Path:
 
 def draw(run: Run) -> dict[str, Figure]:
     """All figures of a run by file name, in the order of the report."""
+    coefficients = learning_plots.figures(run)
+    if coefficients:
+        return coefficients
     summary = plots.figures(run)
     series = series_plots.figures(run)
     if series:
@@ -137,7 +146,8 @@ def render_report(run: Run, drawings: dict[str, str]) -> str:
         question=_question(run),
         headers=[getattr(HEADERS, name) for name in columns],
         rows=[_row(row, columns) for row in run.rows],
-        rays=any(not row.from_chains for row in run.rows),
+        rays=any(not (row.from_chains or row.is_coefficient) for row in run.rows),
+        coefficients=any(row.is_coefficient for row in run.rows),
         chains=any(row.from_chains for row in run.rows),
         notes=[_minus(note) for note in notes(run)],
         figures=[{"svg": inline_svg(svg, name), "caption": _caption(run, name)} for name, svg in drawings.items()],
@@ -186,6 +196,12 @@ def _caption(run: Run, name: str) -> str:
 
 def _question(run: Run) -> str:
     task = run.task
+    if any(row.is_coefficient for row in run.rows):
+        return _minus(
+            "Linear networks of several layers, around a true parameter, under the prior N(0, σ²) with σ = "
+            f"{float(task.get('sigma', math.nan)):g}. The share of all parameters that fit to within ε falls like ε to "
+            "the power λ, and λ is known exactly: half the number of parameters at a regular minimum, less here."
+        )
     parts = [
         f"To behave alike is to differ by at most {run.cutoff:g} nats of mean KL divergence from the trained network."
     ]

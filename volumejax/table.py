@@ -16,30 +16,43 @@ REMEDIES = {
 """Ray statuses worth a line under the table, with what to do about them."""
 
 
+_TRUTH = "learning_coefficient"
+
+
 class Cells(NamedTuple):
     """One row of the table, as text; a cell that has no meaning for the row is empty."""
 
     method: str
-    log_mass: str
-    lower: str
-    log_mean: str
-    per_ray: str
-    passes: str
-    ess: str
-    pareto_k: str
-    evaluations: str
-    seconds: str
-    recorded: str
+    log_mass: str = ""
+    lower: str = ""
+    log_mean: str = ""
+    per_ray: str = ""
+    passes: str = ""
+    quoted: str = ""
+    exact: str = ""
+    off: str = ""
+    hot: str = ""
+    cold: str = ""
+    r_hat: str = ""
+    half: str = ""
+    ess: str = ""
+    pareto_k: str = ""
+    evaluations: str = ""
+    seconds: str = ""
+    recorded: str = ""
 
 
 HEADERS = Cells(
-    "method", "log mass", "at least", "log mean w", "per ray", "passes", "ESS", "k-hat", "evals", "s", "paper"
-)
+    "method", "log mass", "at least", "log mean w", "per ray", "passes", "λ̂", "λ (m)", "SE off", "hot", "cold", "R-hat",
+    "D/2", "ESS", "k-hat", "evals", "s", "paper",
+)  # fmt: skip
 
 
 def cells(row: Row) -> Cells:
     """The row as text: nats, evaluations per ray or gradients per chain, seconds."""
     value = row.estimate
+    if row.is_coefficient:
+        return _coefficient_cells(row)
     lower = "" if is_bound(value) else round_down(float(value["lower"]), 1)
     if row.from_chains:
         passes = (value.get("hysteresis_cooling", math.nan), value.get("hysteresis_heating", math.nan))
@@ -48,21 +61,15 @@ def cells(row: Row) -> Cells:
             method=row.label if row.complete else f"{row.label} (partial, {done:.0f} %)",
             log_mass=claim(value).replace(", ", "\n"),
             lower=lower,
-            log_mean="",
-            per_ray="",
             passes="\n".join(number(x, 1) for x in passes if math.isfinite(float(x))),
-            ess="",
-            pareto_k="",
             evaluations=number(value["gradients"], 0),
             seconds=number(row.seconds, 1),
-            recorded="",
         )
     rays = max(1, int(value["num_rays"]))
     return Cells(
         method=row.label if row.complete else f"{row.label} (partial, {rays} rays)",
         log_mass=claim(value),
         lower=lower,
-        passes="",
         log_mean=number(value["log_mass"], 1),
         per_ray=plus_minus(value["mean_log_weight"], value["std_log_weight"]),
         ess=number(value["ess"], 1 if float(value["ess"]) < 10 else 0),
@@ -70,6 +77,24 @@ def cells(row: Row) -> Cells:
         evaluations=number(float(value["evaluations"]) / rays, 1),
         seconds=number(row.seconds, 1),
         recorded=recorded(row),
+    )
+
+
+def _coefficient_cells(row: Row) -> Cells:
+    value = row.estimate
+    quoted, error, truth = (float(value[name]) for name in ("quoted_value", "quoted_std_error", _TRUTH))
+    hot = float(value["hot_value"])
+    return Cells(
+        method=row.label,
+        evaluations=number(value["gradients"], 0),
+        seconds=number(row.seconds, 1),
+        exact=f"{truth:g} ({value['multiplicity']})",
+        quoted=plus_minus(quoted, error),
+        off=f"{(quoted - truth) / error:+.1f}" if error > 0.0 else "",
+        hot=plus_minus(hot, value["hot_std_error"]) if math.isfinite(hot) else "",
+        cold=plus_minus(value["value"], value["std_error"]),
+        r_hat=number(value["max_r_hat"], 3),
+        half=f"{float(value['half_dimension']):g}",
     )
 
 
@@ -114,6 +139,8 @@ def recorded(row: Row) -> str:
 
 def notes(run: Run) -> list[str]:
     """What a reader must know before quoting a number, with remedies; one short paragraph each."""
+    if any(row.is_coefficient for row in run.rows):
+        return _coefficient_notes(run)
     rays = [row for row in run.rows if not row.from_chains]
     bounds = sum(is_bound(row.estimate) for row in rays)
     lines = []
@@ -143,6 +170,22 @@ def notes(run: Run) -> list[str]:
         shift = number(noise, 1)
         lines.append(f"The cost's rounding may shift every log mass by {shift} nats; no error bar includes it.")
     return lines + _chain_notes(run)
+
+
+def _coefficient_notes(run: Run) -> list[str]:
+    lines = []
+    for row in run.rows:
+        for name in ("status", "hot_status"):
+            if row.estimate[name] != "ok":
+                lines.append(f"{row.label}, {'hot' if name == 'hot_status' else 'cold'}: {row.estimate[name]}.")
+    singular = any(int(row.estimate["multiplicity"]) > 1 for row in run.rows)
+    joined = singular and any(math.isfinite(float(row.estimate["hot_value"])) for row in run.rows)
+    if joined:
+        lines.append(
+            "λ̂ joins both temperatures where the multiplicity m is above 1, since a single one is too low by about "
+            "(m−1)/log β; elsewhere it is the colder one's."
+        )
+    return lines
 
 
 def missed(run: Run) -> list[tuple[Row, Row, float]]:

@@ -31,13 +31,15 @@ HEARTBEAT = 10.0
 _STACKS = (
     ("method",),
     ("log_mass", "lower", "log_mean"),
+    ("quoted", "exact", "off"),
+    ("hot", "cold", "r_hat"),
     ("per_ray", "passes", "recorded"),
-    ("ess", "pareto_k"),
+    ("ess", "pareto_k", "half"),
     ("evaluations", "seconds"),
 )
 """Cells that share a column of a narrow table, from top to bottom."""
 
-_ASCII = {"≥": ">=", "±": "+/-", "β": "beta", "—": "-", "−": "-"}
+_ASCII = {"≥": ">=", "±": "+/-", "β": "beta", "λ": "lambda", "̂": "^", "—": "-", "−": "-"}
 
 
 def console(*, stderr: bool = False) -> Console:
