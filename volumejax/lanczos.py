@@ -2,6 +2,7 @@
 
 With full reorthogonalisation, in blocks, so that no eigenvalue is found twice. Nothing is ravelled: the basis is a
 pytree whose leaves have one more axis, and keeps their sharding. Vectors are float32, their inner products float64.
+Not matfree's, as in `eigenpairs`: that one is an optional extra, works on one flat array, and sums in its dtype.
 """
 
 from collections.abc import Callable
