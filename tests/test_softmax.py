@@ -191,3 +191,25 @@ def test_gradients_are_finite_where_a_class_is_missing():
 def test_no_derivative_is_taken_through_the_anchor():
     logits, anchor_logits = jnp.array([0.0, 1.0, -1.0]), jnp.array([0.5, 0.2, -2.0])
     assert not np.any(jax.grad(lambda z: divergence(logits, z, None))(anchor_logits))
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 16])
+def test_divergences_of_a_batch_in_a_loop_equal_the_textbook(lanes):
+    """jaxlib 0.10.2 for CPU doubles them where the anchor is shared and the sum over classes begins with its factor."""
+    rng = np.random.default_rng(lanes)
+    anchor_logits = jnp.asarray(rng.normal(scale=3.0, size=(1024, 10)), jnp.float32)
+    logits = anchor_logits[None] + jnp.asarray(rng.normal(scale=0.05, size=(lanes, 1024, 10)), jnp.float32)
+
+    @jax.jit
+    def twice(logits, anchor_logits):
+        def body(carry):
+            count, last = carry
+            cost = lambda z: jnp.mean(divergence(z + 0.0 * jnp.sum(last), anchor_logits, None))
+            return count + 1, jax.vmap(cost)(logits)
+
+        return jax.lax.while_loop(lambda carry: carry[0] < 2, body, (0, jnp.zeros(lanes)))[1]
+
+    log_p, log_p0 = log_softmax64(logits), log_softmax64(anchor_logits)[None]
+    change = log_p - log_p0
+    exact = np.mean(np.sum(np.exp(log_p0) * (np.expm1(change) - change), axis=-1), axis=-1)
+    np.testing.assert_allclose(twice(logits, anchor_logits), exact, rtol=1e-5)

@@ -284,7 +284,8 @@ def _product(
         logits, pull, change = _linear(apply_fn, params, batch.inputs, tangent)
         p = jax.nn.softmax(logits.astype(jnp.float32))
         change = change.astype(jnp.float32)
-        force = p * (change - jnp.sum(p * change, axis=-1, keepdims=True))
+        # Under a batch of vectors p is shared: jaxlib 0.10.2 gets this wrong on CPUs where p comes first in the sum.
+        force = p * (change - jnp.sum(change * p, axis=-1, keepdims=True))
         (gradient,) = pull(jnp.where(keep[..., None], force, 0.0).astype(logits.dtype))
         return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, gradient)
 

@@ -93,7 +93,9 @@ def _log_ratio(logits: Array, anchor_logits: Array) -> tuple[Array, Array, Array
     shift = shift - jnp.where(absent, 0.0, jax.lax.stop_gradient(common))
     small = jnp.max(jnp.abs(shift), axis=-1, keepdims=True) < 0.5
     shift = jnp.where(small, shift, 0.0)
-    growth = jnp.sum(jnp.exp(log_p0) * jnp.expm1(shift), axis=-1, keepdims=True)
+    # In this order: where the factor that a batch shares stands in front, jaxlib 0.10.2 for CPU (its YNNPACK fusions)
+    # gets the sum wrong that is then subtracted, and costs come out up to twice too large.
+    growth = jnp.sum(jnp.expm1(shift) * jnp.exp(log_p0), axis=-1, keepdims=True)
     return log_p0, log_p, jnp.where(small & ~absent, shift - jnp.log1p(growth), log_p - log_p0)
 
 
