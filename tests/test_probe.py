@@ -141,23 +141,23 @@ LIBRARIES = {"linen": by_linen, "nnx": by_nnx, "equinox": by_equinox}
 
 
 def run(loop, compilations=None):
-    """The metrics and the parameters of every step, and how many programs were compiled after the first."""
+    """The metrics and the parameters of every step, and how many programs were compiled at the first and after it."""
     chex.clear_trace_counter()
-    steps, later = [], 0
+    steps, first, later = [], 0, 0
     for metrics, params in loop:
         steps.append(jax.device_get((metrics, params)))
         if compilations is not None:
-            later += compilations[0] if len(steps) > 1 else 0
+            first, later = (compilations[0], 0) if len(steps) == 1 else (first, later + compilations[0])
             compilations[0] = 0
-    return [metrics for metrics, _ in steps], [params for _, params in steps], later
+    return [metrics for metrics, _ in steps], [params for _, params in steps], (first, later)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_training_goes_on_as_without_the_probe_and_nothing_compiles_again(library, compilations):
-    metrics, params, later = run(LIBRARIES[library](True), compilations)
+    metrics, params, (first, later) = run(LIBRARIES[library](True), compilations)
     plain, plain_params, _ = run(LIBRARIES[library](False))
-    assert later == 0
+    assert first > 0 and later == 0
     assert [float(m["loss"]) for m in metrics] == [float(m["loss"]) for m in plain]
     assert len({float(m["loss"]) for m in metrics}) == STEPS
     jax.tree.map(np.testing.assert_array_equal, params, plain_params)
@@ -187,6 +187,7 @@ def test_values_are_those_of_ray_volume_and_nothing_compiles_for_another_anchor(
     anchor, scale = jnp.linspace(0.0, 0.1, 6), jnp.linspace(0.5, 2.0, 6)
     far, steep = anchor + 0.5, 2.0 * scale
     first = jax.device_get(probe(KEY, 0, anchor, scale))
+    assert compilations[0] > 0
     compilations[0] = 0
     moved = jax.device_get(probe(KEY, 20, far, steep))
     between = jax.device_get(probe(KEY, np.int64(21), anchor, scale))
@@ -201,6 +202,27 @@ def test_values_are_those_of_ray_volume_and_nothing_compiles_for_another_anchor(
         for name in ("log_mass", "std_error", "lower", "prior_term", "mean_log_weight", "ess", "pareto_k"):
             np.testing.assert_allclose(values[name], getattr(estimate, name), rtol=1e-4, atol=1e-4)
         assert values["evaluations"] == estimate.evaluations
+
+
+def test_the_count_of_compilations_tells_a_new_behaviour(compilations):
+    """What the tests above rely on: a probe that does compile again is seen."""
+    anchor, scale = jnp.linspace(0.0, 0.1, 6), jnp.ones(6)
+    for _ in range(2):
+        again = vj.VolumeProbe(lambda *both: quadratic(*both), vj.Gaussian(1.0), 0.02, every=10, num_rays=8)
+        compilations[0] = 0
+        probed = jax.device_get(again(KEY, 0, anchor, scale))
+        assert compilations[0] > 0 and np.isfinite(probed["log_mass"])
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(params, scale):
+        return again(KEY, 0, params, scale)["log_mass"]
+
+    chex.clear_trace_counter()
+    step(anchor, scale)
+    step(anchor + 1.0, 2.0 * scale)
+    with pytest.raises(AssertionError, match="traced"):
+        step(anchor.astype(jnp.bfloat16), scale)
 
 
 def test_due_steps(probe):

@@ -32,6 +32,16 @@ def test_what_is_written_reads_back(stored, example_run):
             assert row.rays[name].dtype == values.dtype
 
 
+def test_the_sweep_of_a_tuned_row_reads_back_beside_its_rays(tmp_path, make_row, make_run):
+    sweep = {"beta": np.array([0.0, 2.5]), "mean_log_weight": np.array([-np.inf, -7.0])}
+    row = make_row("tuned", "tuned", [-1.0, -2.0]).model_copy(update={"sweep": sweep})
+    write_run(tmp_path, make_run(row))
+    (read,) = read_run(tmp_path).rows
+    assert read.sweep.keys() == sweep.keys() and read.rays.keys() == row.rays.keys()
+    for name, values in sweep.items():
+        np.testing.assert_array_equal(read.sweep[name], values)
+
+
 def test_non_finite_values_are_words_in_json(tmp_path, make_row, make_run):
     row = make_row("inf", "isotropic", [-np.inf, -np.inf])
     run = make_run(row, task={"sigma": math.inf})

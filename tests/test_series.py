@@ -4,14 +4,16 @@ Mutations these catch: the last network at every step, Adam asked before it has 
 RMS, cutoffs that all measure the first.
 """
 
+import html
 import json
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from volumejax import report, series_plots
+from volumejax import report, series_plots, table
 from volumejax.cli import main
 from volumejax.config import ConfigError, load_config, parse_config
 from volumejax.records import read_run
@@ -22,7 +24,7 @@ HEAD = "{name: s, task: {kind: digits, num_epochs: 2}, prior: {kind: gaussian, s
 TRAINING = "checkpoints: 3, proposals: [{kind: isotropic}, {kind: adam, damping: 1e-3}]}"
 SWEEP = (
     "cutoffs: [0.01, 0.1], proposals: [{kind: isotropic}, {kind: adam, damping: 1e-2}, {kind: adam, damping: 1e-3}, "
-    "{kind: tuned, curvature: diagonal_ggn, exponents: [0.5], num_pilot_rays: 2}]}"
+    "{kind: tuned, curvature: diagonal_ggn, exponents: [0.3, 0.5], num_pilot_rays: 2}]}"
 )
 
 
@@ -76,6 +78,12 @@ def test_sweep_rows(runs):
     assert [row.position.get("damping") for row in run.rows[:3]] == [None, 0.01, 0.001]
     tuned = [row for row in run.rows if row.kind == "tuned"]
     assert all({"beta", "exponent", "damping", "shift"} <= row.position.keys() for row in tuned)
+    for row in tuned:
+        best = np.argmax(row.sweep["mean_log_weight"])
+        assert {"beta", "exponent", "damping", "shift", "mean_log_weight", "std_error"} == row.sweep.keys()
+        assert row.position == {"cutoff": row.position["cutoff"]} | {
+            name: float(row.sweep[name][best]) for name in ("beta", "exponent", "damping", "shift")
+        }
     small, large = (np.array([float(row.estimate["mean_log_weight"]) for row in run.rows[i : i + 4]]) for i in (0, 4))
     assert np.all(small < large) and small.argmax() == large.argmax() == 3
 
@@ -90,10 +98,88 @@ def test_figures_and_reports(runs):
     np.testing.assert_allclose(whole, np.asarray(volume) + np.asarray(prior), rtol=1e-6)
     assert "its two terms" in (folder / "report.html").read_text()
     run, folder = runs["sweep"]
-    assert list(report.draw(run)) == ["cutoffs", "dampings", "summary"]
-    assert {path.stem for path in (folder / "figures").glob("*.png")} == {"cutoffs", "dampings", "summary"}
+    assert list(report.draw(run)) == ["cutoffs", "dampings", "exponents", "summary"]
+    assert {path.stem for path in (folder / "figures").glob("*.png")} == {"cutoffs", "dampings", "exponents", "summary"}
     stored = json.loads((folder / "result.json").read_text())
     assert stored["rows"][1]["position"] == {"cutoff": 0.01, "damping": 0.01, "exponent": 0.5}
+
+
+def sentences(_, folder):
+    """The report's own words."""
+    text = re.sub(
+        r"<style>.*?</style>|<svg.*?</svg>|<pre>.*?</pre>", "", (folder / "report.html").read_text(), flags=re.S
+    )
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", text)).split())
+
+
+@pytest.mark.slow
+def test_the_report_of_a_training_says_nothing_of_one_network(runs):
+    text = sentences(*runs["training"])
+    steps = log_spaced_steps(3, num_epochs=2)
+    assert "mean KL divergence from the network of the same step" in text and "the same at every step" in text
+    assert re.search(r"a part that changes with the step \(−[\d.,]+ to −[\d.,]+ nats\) is due to", text)
+    assert "At the end it classifies" in text
+    assert f"What may be claimed of the network at step {steps[-1]}:" in text
+    assert "trained network" not in text and "All rows measure" not in text and "chosen" not in text
+
+
+@pytest.mark.slow
+def test_the_report_of_a_sweep_says_which_cutoff_and_what_was_chosen(runs):
+    run, _ = runs["sweep"]
+    text = sentences(*runs["sweep"])
+    assert "differ by at most the row's cutoff, 0.01 to 0.1 nats" in text and "All rows measure" not in text
+    assert "What may be claimed at a cutoff of 0.1 nats:" in text and "These rows measure the same number" in text
+    tuned = next(row for row in run.rows if row.kind == "tuned")
+    assert f"power {tuned.position['exponent']:g}" in text and "What pilot rays with a key of their own chose" in text
+
+
+@pytest.mark.slow
+def test_series_figures_show_bounds_and_explain_themselves(runs):
+    for name in runs:
+        run, folder = runs[name]
+        for title, figure in report.draw(run).items():
+            assert figure.get_figheight() <= 7.0, title
+            if title == "summary":
+                continue
+            labels = [text.get_text() for text in figure.legends[0].get_texts()]
+            assert "single rays, mean ± sd" in labels or title == "exponents"
+            shown = [line for line in figure.axes[0].lines if line.get_marker() is series_plots.UPWARD]
+            bounds = sum(np.sum(np.isfinite(line.get_ydata())) for line in shown)
+            assert ("at least (95 %)" in labels) == (bounds > 0)
+            box = figure.get_tightbbox()
+            assert box.x0 >= -0.01 and box.x1 <= figure.get_figwidth() + 0.01
+        assert (folder / "figures" / "summary.png").exists()
+    run, _ = runs["training"]
+    bounds = [float(row.estimate["lower"]) for row in run.rows if table.is_bound(row.estimate)]
+    lines = series_plots.figures(run)["training"].axes[0].lines
+    drawn = [y for line in lines if line.get_marker() is series_plots.UPWARD for y in line.get_ydata()]
+    assert bounds and sorted(bounds) == sorted(y for y in drawn if np.isfinite(y))
+    axis = series_plots.figures(run)["training"].axes[-1]
+    assert axis.get_xlabel() == "training step" and list(axis.get_xticks()) == log_spaced_steps(3, num_epochs=2)
+
+
+def test_two_powers_of_one_family_have_two_colours(make_row, make_run):
+    rows = [
+        make_row(f"a {damping} {power}", "adam", [-2.0, -3.0]).model_copy(
+            update={"position": {"damping": damping, "exponent": power}}
+        )
+        for damping in (1e-3, 1e-2)
+        for power in (0.35, 0.5)
+    ]
+    lines = series_plots.figures(make_run(*rows))["dampings"].axes[0].lines
+    assert len({line.get_color() for line in lines if line.get_marker() in ("o", "s")}) == 2
+
+
+def test_the_best_of_each_exponent_is_drawn(make_row, make_run):
+    sweep = {
+        "beta": np.array([0.0, 1.0, 2.0, 1.0, 2.0]), "exponent": np.array([0.5, 0.3, 0.3, 0.5, 0.5]),
+        "mean_log_weight": np.array([-1.0, -9.0, -5.0, -7.0, np.nan]), "std_error": np.full(5, 0.5),
+        "damping": np.zeros(5), "shift": np.zeros(5),
+    }  # fmt: skip
+    row = make_row("tuned Adam", "tuned", [-5.0, -6.0]).model_copy(update={"sweep": sweep})
+    (axis,) = series_plots.figures(make_run(row))["exponents"].axes
+    x, y = axis.lines[0].get_data()
+    assert list(x) == [0.3, 0.5] and list(y) == [-5.0, -7.0]
 
 
 def test_ordinary_runs_have_no_series(example_run):

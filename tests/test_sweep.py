@@ -89,6 +89,27 @@ def test_the_winner_has_the_largest_mean_and_is_the_proposal_returned(tuned):
     assert np.isfinite(sweep.std_error[sweep.best])
 
 
+def test_a_second_round_looks_between_the_candidates_of_the_first():
+    """The power that fits is 0.4, and only what was left open is refined. Mutations: no second round, β not moved with
+    the exponent, the first round's best lost."""
+    problem = reference.quadratic(H, cutoff=1e-2)
+    bent = jnp.asarray(1e-5 * H**1.25, jnp.float32)
+    found = tune(problem, curvature=bent, dampings=(0.0,), num_rays=64)
+    assert abs(found.choice["exponent"] - 0.4) < 1e-6 and set(found.sweep.damping.tolist()) == {0.0}
+    first = tune(problem, curvature=bent, exponents=(0.3, 0.5), dampings=(0.0,), num_rays=64).sweep
+    assert set(first.exponent.tolist()) == {0.3, 0.5}
+    assert found.sweep.mean_log_weight.max() > first.mean_log_weight.max()
+    rows = np.stack([found.sweep.beta, found.sweep.exponent, found.sweep.damping, found.sweep.shift], 1)
+    assert len(np.unique(rows, axis=0)) == len(rows) <= 40
+    finer = rows[~np.isin(rows[:, 1], (0.3, 0.5))]
+    levels = np.log10([beta * np.mean(np.asarray(bent, np.float64) ** (2 * power)) for beta, power, _, _ in finer])
+    start = first.best
+    middle = np.log10(first.beta[start] * np.mean(np.asarray(bent, np.float64) ** (2 * first.exponent[start])))
+    np.testing.assert_allclose(levels, middle + np.tile([-0.5, 0.0, 0.5], 2), atol=1e-4)
+    given = tune(problem, curvature=bent, betas=(1.0, 10.0), exponents=(0.3,), dampings=(0.0,), num_rays=64).sweep
+    assert set(given.beta.tolist()) <= {0.0, 1.0, 10.0} and len(given.beta) == 5
+
+
 def test_fresh_rays_are_not_the_pilot_rays(tuned):
     _, found = tuned
     best = found.sweep.log_weights[found.sweep.best]

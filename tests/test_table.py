@@ -61,8 +61,8 @@ def test_notes_carry_counts_and_remedies(make_row, make_run):
     run = make_run(noisy, make_row("loose", "isotropic", [-2.0] * 3))
     text = "\n".join(table.notes(run))
     assert "≥ (1 of 2 rows): a certified 95 % lower bound" in text
-    assert "noise limited rays (noisy 2): the cost's rounding limits the radius: raise the cutoff." in text
-    assert "non finite rays (noisy 1)" in text
+    assert "noise limited rays (noisy: 2): the cost's rounding limits the radius: raise the cutoff." in text
+    assert "non finite rays (noisy: 1)" in text
     assert "by 2.5 nats" in text
     assert table.notes(make_run(make_row("a", "adam", [-2.0], settled=True))) == []
 
@@ -71,7 +71,7 @@ def test_notes_take_back_the_certificate_after_a_violation(make_row, make_run):
     row = make_row("a", "adam", [-2.0] * 2)
     row = row.model_copy(update={"estimate": {**row.estimate, "violation_rate": 0.25, "bound_kind": "none"}})
     text = "\n".join(table.notes(make_run(row)))
-    assert "a 25.0 %" in text and "nothing is certified" in text and "audit_fraction: 1" in text
+    assert "(a: 25.0 %)" in text and "nothing is certified" in text and "audit_fraction: 1" in text
 
 
 def test_a_row_of_chains_leaves_the_cells_of_rays_empty(make_tether):
@@ -116,7 +116,7 @@ def test_columns_without_a_word_are_dropped(make_row, make_tether):
     assert not {"lower", "passes", "recorded"} & set(table.filled([rays]))
     assert table.filled([chains]) == ("method", "log_mass", "lower", "passes", "evaluations", "seconds")
     of_coefficients = {"quoted", "exact", "off", "hot", "cold", "r_hat", "half"}
-    elsewhere = {"recorded", *of_coefficients}
+    elsewhere = {"recorded", "chosen", *of_coefficients}
     assert table.filled([rays, chains]) == tuple(name for name in table.Cells._fields if name not in elsewhere)
 
 
@@ -148,3 +148,33 @@ def test_rounding_noise_of_rays_is_told_beside_chains(make_row, make_run, make_t
     rays, chains = make_row("a", "adam", [-2.0], settled=True, noise=2.5), make_tether("t")
     for rows in ((rays, chains), (chains, rays)):
         assert "by 2.5 nats" in "\n".join(table.notes(make_run(*rows)))
+
+
+def test_of_many_rows_the_three_with_most_rays_are_named(make_row, make_run):
+    rows = [make_row(f"row {i}", "adam", [-2.0] * 9, status=[1] * i + [0] * (9 - i)) for i in range(7)]
+    text = "\n".join(table.notes(make_run(*rows)))
+    assert "noise limited rays (in 6 rows, most in row 6: 6; row 5: 5; row 4: 4)" in text and "row 3" not in text
+
+
+def place(row, kind="tuned", **position):
+    return row.model_copy(update={"position": position, "kind": kind})
+
+
+def test_a_tuned_row_says_what_was_chosen(make_row):
+    row = make_row("a", "tuned", [-2.0] * 2)
+    found = {"beta": 2.31e7, "exponent": 0.35, "damping": 1.96e-3, "shift": 0.0}
+    assert table.cells(place(row, **found)).chosen == "β=2.3e7, power 0.35\ndamping 0.002, no shift"
+    assert table.cells(place(row, **{**found, "damping": 0.0, "shift": 1.0})).chosen.endswith("damping 0, shift")
+    assert table.cells(place(row, **{**found, "beta": 0.0})).chosen == "β=0, the prior's own\nno shift"
+    assert table.cells(place(row, kind="adam", damping=0.1, exponent=0.5)).chosen == ""
+
+
+def test_the_headline_of_a_series_measures_one_thing(make_row, make_run):
+    rows = [
+        place(make_row(f"a, step {step}, ε={cutoff}", "adam", [-2.0]), "adam", step=step, cutoff=cutoff)
+        for step in (0.0, 5.0) for cutoff in (1e-3, 0.02, 1.0)
+    ]  # fmt: skip
+    assert [row.label for row in table.headline(make_run(*rows))] == ["a, step 5.0, ε=0.02"]
+    assert table.method(rows[0]) == "a"
+    plain = make_row("b", "adam", [-2.0]), make_row("c", "adam", [-2.0])
+    assert table.headline(make_run(*plain)) == plain

@@ -18,6 +18,8 @@ from volumejax.eigenpairs import Eigenpairs
 from volumejax.low_rank import LowRankPrecision
 from volumejax.priors import Gaussian, Lebesgue, UniformBox
 from volumejax.proposals import Dense, Diagonal
+from volumejax.rays import ray_volume
+from volumejax.tempering import CurvatureModel, tempered
 from volumejax.tuning import adam_proposal, curvature_proposal, damped_proposal, matching_beta
 
 PARAMS = {"w": jnp.array([[1.0, -2.0], [0.5, 0.25]]), "b": jnp.array([0.3, -0.1])}
@@ -299,3 +301,33 @@ def test_adam_moments_are_bias_corrected():
 def test_misuse_is_refused_with_a_remedy(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def at_no_temperature():
+    """Proposals of every kind and source at β = 0, which are the prior's own Gaussian seen from the anchor."""
+    prior = Gaussian(SIGMA, MEAN)
+    optimizer = optax.adam(1e-2)
+    with jax.numpy_dtype_promotion("standard"):
+        state = optimizer.update(PARAMS, optimizer.init(PARAMS))[1]
+    return {
+        "adam": adam_proposal(state, PARAMS, prior, beta=0.0),
+        "diagonal": curvature_proposal(DIAGONAL, PARAMS, prior, beta=0.0),
+        "dense": curvature_proposal(hessian(), PARAMS, prior, beta=0.0),
+        "low rank": curvature_proposal(0.0, PARAMS, prior, eigenpairs=PAIRS, beta=0.0),
+        "in the sweep": tempered(CurvatureModel(DIAGONAL, PAIRS.values, PAIRS.vectors), PARAMS, prior, 0.0, 1.0),
+    }
+
+
+def nearly_flat(params):
+    return 1e-9 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("name", ["adam", "diagonal", "dense", "low rank", "in the sweep"])
+def test_without_temperature_and_cutoff_every_ray_weighs_one(name):
+    """Every ray stays inside for ever and its proposal is its prior: log w = 0. Mutations: the mean left out or with
+    the other sign, σ for σ², the prior's mean forgotten."""
+    prior, proposal = Gaussian(SIGMA, MEAN), at_no_temperature()[name]
+    estimate = ray_volume(jax.random.key(1), nearly_flat, PARAMS, prior, cutoff=1e30, proposal=proposal, num_rays=64)
+    assert np.all(np.isposinf(estimate.trace.radius))
+    np.testing.assert_allclose(estimate.trace.log_weight, 0.0, atol=1e-4)
+    assert abs(float(estimate.log_mass)) < 1e-4 and float(estimate.std_error) < 1e-4

@@ -174,7 +174,7 @@ class TunedProposal(_Proposal):
     kind: Literal["tuned"]
     curvature: Literal["adam", "diagonal_ggn"] = Field(examples=["curvature: adam"])
     rank: Annotated[int, Field(ge=0, le=1000)] = 0
-    exponents: Annotated[tuple[PositiveFloat, ...], Field(strict=False, min_length=1)] = (0.35, 0.5)
+    exponents: Annotated[tuple[PositiveFloat, ...], Field(strict=False, min_length=1)] | None = None
     num_pilot_rays: Annotated[int, Field(ge=2, le=2**20)] = 16
 
     def _describe(self) -> str:

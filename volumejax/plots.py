@@ -17,7 +17,7 @@ try:
 except ImportError as error:
     raise ImportError("figures need the run extra: pip install 'volumejax[run]'") from error
 
-from volumejax.records import TETHER, Row, Run
+from volumejax.records import TETHER, TUNED, Row, Run
 from volumejax.table import claim, is_bound, missed, number, plus_minus, shown
 
 INK, MUTED, RULE, PAPER = "#1f2328", "#59636e", "#d1d9e0", "#ffffff"
@@ -88,8 +88,12 @@ def render(figure: Figure, kind: str) -> bytes:
 
 
 def colour(row: Row) -> str:
-    """The colour of the proposal's family."""
-    return COLOURS.get(row.kind, OTHER_COLOUR)
+    """The colour of the proposal's family; of a tuned row that of the curvature that its label names."""
+    if row.kind != TUNED:
+        return COLOURS.get(row.kind, OTHER_COLOUR)
+    if "Adam" in row.label:
+        return COLOURS["adam"]
+    return COLOURS["diagonal_ggn" if "GGN" in row.label and "rank" not in row.label else "dense_ggn"]
 
 
 def _summary(run: Run) -> Figure:

@@ -27,6 +27,8 @@ TETHER = "tether"
 """The `kind` of a row that chains made; any other but the next names a ray proposal."""
 LEARNING = "learning"
 """The `kind` of a row that holds a learning coefficient and no volume."""
+TUNED = "tuned"
+"""The `kind` of a row whose proposal pilot rays have chosen."""
 Scalar = float | int | str
 _PACKAGES = ("volumejax", "jax", "jaxlib", "flax", "optax", "equinox", "numpy", "scipy", "scikit-learn")
 _NEEDED = {
@@ -38,6 +40,7 @@ _NEEDED = {
 }
 _RAYS_NEEDED = {"log_weight", "radius"}
 """Arrays that the figures of a row draw, by its kind, and those of rays."""
+_SWEEP = "sweep_"
 _NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
@@ -59,12 +62,16 @@ class Row(BaseModel):
     estimate: dict[str, Scalar]
     """`VolumeEstimate.to_dict()`; for a learning coefficient that of the coldest, with the others and the truth."""
     position: dict[str, float] = Field(default_factory=dict)
-    """Where the row lies in a series: any of step, cutoff, damping, exponent, beta."""
+    """Where the row lies in a series: step, cutoff; and what its proposal was given, or pilot rays chose for it:
+    damping, exponent, beta, shift. Any of them may be absent."""
     rays: dict[str, np.ndarray] = Field(default_factory=dict, exclude=True)
     """The arrays of `RayBatch`, each with one entry per ray; empty where chains made the row."""
     chains: dict[str, np.ndarray] = Field(default_factory=dict, exclude=True)
     """The arrays of `ChainTrace`, and those of `Curve` as curve_cutoffs, curve_log_mass, curve_std_error once the
     chains have come that far; for a learning coefficient the costs of its draws; empty where rays made the row."""
+    sweep: dict[str, np.ndarray] = Field(default_factory=dict, exclude=True)
+    """Of a tuned row what the pilot rays said of every candidate: beta, exponent, damping, shift, mean_log_weight,
+    std_error, each with one entry per candidate."""
 
     @property
     def from_chains(self) -> bool:
@@ -78,8 +85,9 @@ class Row(BaseModel):
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """The row's rays or its chains."""
-        return self.chains if self.kind in _NEEDED else self.rays
+        """All that rays.npz holds of the row: its rays or its chains, and its sweep under names that begin `sweep_`."""
+        own = self.chains if self.kind in _NEEDED else self.rays
+        return {**own, **{_SWEEP + name: values for name, values in self.sweep.items()}}
 
 
 class Run(BaseModel):
@@ -204,10 +212,7 @@ def read_run(directory: str | Path) -> Run:
     except (ValueError, RecursionError):  # not JSON, or not UTF-8
         raise RecordError(f"{path}: is not valid JSON; run the experiment again") from None
     arrays = _read_arrays(directory / RAYS_FILE, run.rows)
-    rows = tuple(
-        row.model_copy(update={"chains" if row.kind in _NEEDED else "rays": found})
-        for row, found in zip(run.rows, arrays, strict=True)
-    )
+    rows = tuple(_with_arrays(row, found) for row, found in zip(run.rows, arrays, strict=True))
     config = _read(directory / CONFIG_FILE).decode(errors="replace")
     return run.model_copy(update={"rows": rows, "config": config})
 
@@ -271,6 +276,12 @@ def _read_arrays(path: Path, rows: Sequence[Row]) -> list[dict[str, np.ndarray]]
             what = "rays" if row.kind not in _NEEDED else "chains"
             raise RecordError(f"{path}: lacks the {what} of a row in {RESULT_FILE}; run the experiment again")
     return found
+
+
+def _with_arrays(row: Row, found: Mapping[str, np.ndarray]) -> Row:
+    sweep = {name.removeprefix(_SWEEP): array for name, array in found.items() if name.startswith(_SWEEP)}
+    own = {name: array for name, array in found.items() if not name.startswith(_SWEEP)}
+    return row.model_copy(update={"chains" if row.kind in _NEEDED else "rays": own, "sweep": sweep})
 
 
 def _plain_array(value: Any) -> np.ndarray:

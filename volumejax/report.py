@@ -16,7 +16,7 @@ except ImportError as error:
 
 from volumejax import chain_plots, learning_plots, plots, series_plots
 from volumejax.records import RecordError, Row, Run, write_file
-from volumejax.table import HEADERS, cells, filled, notes, number
+from volumejax.table import HEADERS, cells, filled, headline, notes, number
 
 REPORT_FILE, FIGURE_FOLDER = "report.html", "figures"
 
@@ -37,18 +37,29 @@ CAPTIONS = {
         "of single rays or the gap between the two passes of the chains. The dotted line is what the best rays miss of "
         "the region."
     ),
+    "summary_of_series": (
+        "What may be claimed {place}: an arrow starts at a certified lower bound, a dot is an estimate with its 95 % "
+        "interval, and the pale bar is the spread of single rays. These rows measure the same number, so the further "
+        "right a proposal reaches, the tighter it is."
+    ),
     "training": (
         "Log mass through the training, and its two terms: the volume around the network of each step, "
         "and the prior's own term, minus the squared distance from its mean over 2σ². A line is the mean over rays "
-        "with a band of one standard deviation; diamonds are log mean weights. Read them as bounds from below."
+        "with a band of one standard deviation, and what is certified starts at the foot of each arrow."
     ),
     "cutoffs": (
-        "Log mass over the cutoff: mean over rays with a band of one standard deviation, and the log mean weight "
-        "(diamonds). Where behaviour is quadratic, a line has the slope of half the effective number of parameters."
+        "Log mass over the cutoff: a line is the mean over rays with a band of one standard deviation, and what is "
+        "certified starts at the foot of each arrow. Where behaviour is quadratic, a line rises by half the effective "
+        "number of parameters for each factor e."
     ),
     "dampings": (
-        "Log mass over the damping, one line per exponent of the moments, with the levels that need no damping. The "
-        "mean over rays decides, as the maximum would follow a few lucky rays."
+        "Log mass over the damping, one line per exponent of the moments, with the levels that other proposals reach. "
+        "The mean over rays (lines) decides, as the arrows, which start at what is certified, follow a few lucky rays."
+    ),
+    "exponents": (
+        "Mean log mass over the exponent: open symbols are the best that pilot rays found for it among all β, dampings "
+        "and shifts, with one standard error, and filled ones fresh rays at one damping. The pilot rays are few, and "
+        "its best is a maximum, so it lies a little high."
     ),
     "curve": (
         "Above, log mass at each smaller cutoff as well, with a 95 % band, from the same chains. Below, what that "
@@ -73,7 +84,7 @@ CAPTIONS = {
     ),
 }
 
-_WIDE_CELLS = ("lower", "log_mean", "per_ray", "passes")
+_WIDE_CELLS = ("chosen", "lower", "log_mean", "per_ray", "passes")
 """Columns that take a whole line on a phone."""
 _ROLES = {
     plots.INK: "ink",
@@ -120,11 +131,12 @@ def draw(run: Run) -> dict[str, Figure]:
     coefficients = learning_plots.figures(run)
     if coefficients:
         return coefficients
-    summary = plots.figures(run)
     series = series_plots.figures(run)
     if series:
         # A histogram for each of so many rows would say less than their trend.
-        return {**series, "summary": summary["summary"]}
+        one = run.model_copy(update={"rows": headline(run)})
+        return {**series, "summary": plots.figures(one)["summary"]}
+    summary = plots.figures(run)
     return {"summary": summary.pop("summary"), **chain_plots.figures(run), **summary}
 
 
@@ -190,8 +202,23 @@ def _row(row: Row, columns: Sequence[str]) -> dict[str, Any]:
 
 
 def _caption(run: Run, name: str) -> str:
+    if name == "summary" and len(headline(run)) < len(run.rows):
+        return CAPTIONS["summary_of_series"].format(place=_where(headline(run)[0]))
     chained = name == "summary" and any(row.from_chains for row in run.rows)
     return CAPTIONS["summary_with_chains" if chained else name]
+
+
+def _where(row: Row) -> str:
+    """The row's place in a series."""
+    step, cutoff = (row.position.get(name) for name in ("step", "cutoff"))
+    parts = [] if step is None else [f"of the network at step {step:,.0f}"]
+    return " ".join(parts if cutoff is None else [*parts, f"at a cutoff of {cutoff:g} nats"])
+
+
+def _range(values: Sequence[float], decimals: int) -> str:
+    """The values' range as text, or the one value."""
+    low, high = (number(value, decimals) for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
 
 
 def _question(run: Run) -> str:
@@ -202,29 +229,30 @@ def _question(run: Run) -> str:
             f"{float(task.get('sigma', math.nan)):g}. The share of all parameters that fit to within ε falls like ε to "
             "the power λ, and λ is known exactly: half the number of parameters at a regular minimum, less here."
         )
-    parts = [
-        f"To behave alike is to differ by at most {run.cutoff:g} nats of mean KL divergence from the trained network."
-    ]
+    steps, cutoffs = ({row.position[name] for row in run.rows if name in row.position} for name in ("step", "cutoff"))
+    network = "the network of the same step" if steps else "the trained network"
+    limit = f"the row's cutoff, {min(cutoffs):g} to {max(cutoffs):g}" if len(cutoffs) > 1 else f"{run.cutoff:g}"
+    parts = [f"To behave alike is to differ by at most {limit} nats of mean KL divergence from {network}."]
     if "dimension" in task and "sigma" in task:
         parts.append(
             f"It has {number(task['dimension'], 0)} parameters, and the prior draws each of them from "
-            f"N(0, σ²) with σ = {float(task['sigma']):.5g}."
+            f"N(0, σ²) with σ = {float(task['sigma']):.5g}{', the same at every step' if steps else ''}."
         )
     if "train_accuracy" in task and "test_accuracy" in task:
         parts.append(
-            f"It classifies {float(task['train_accuracy']):.1%} of the training set and "
-            f"{float(task['test_accuracy']):.1%} of the test set rightly."
+            f"{'At the end it' if steps else 'It'} classifies {float(task['train_accuracy']):.1%} of the training set "
+            f"and {float(task['test_accuracy']):.1%} of the test set rightly."
         )
     if run.rows:
-        prior = number(run.rows[0].estimate["prior_term"], 1)
+        priors = _range([float(row.estimate["prior_term"]) for row in run.rows], 1)
+        share = f"a part that changes with the step ({priors} nats) is" if steps else f"{priors} nats are"
         parts.append(
-            f"Of each log mass below, {prior} nats are due to the network's distance from the prior's mean; "
-            "the rest is volume."
+            f"Of each log mass below, {share} due to the network's distance from the prior's mean; the rest is volume."
         )
     regions = {str(row.estimate["region"]) for row in run.rows if row.from_chains}
     if any(not row.from_chains for row in run.rows):
         parts.append(
-            "Rays see the star region, all that lies in a straight line of sight from the trained network; "
+            "Rays see the star region, all that lies in a straight line of sight from the network; "
             "the full region can only be larger."
         )
     if regions:

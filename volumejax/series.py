@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 from jaxtyping import PyTree
 
 from volumejax import curvature, eigenpairs
@@ -25,7 +26,7 @@ from volumejax.priors import Gaussian
 from volumejax.rays import ray_volume
 from volumejax.records import Row
 from volumejax.results import VolumeEstimate
-from volumejax.sweep import tune_proposal
+from volumejax.sweep import fresh_key, tune_proposal
 from volumejax.tasks.digits import Task, digits_checkpoints, log_spaced_steps
 
 __all__ = ["SeriesSetting", "prepare_series", "run_series"]
@@ -102,13 +103,13 @@ def run_series(setting: SeriesSetting, on_progress: OnProgress) -> Iterator[Row]
             began = time.perf_counter()
             on_progress(Progress(label, 0, config.num_rays, 0.0))
             try:
-                estimate, choice = _measure(entry, known, setting, cutoff)
+                estimate, choice, sweep = _measure(entry, known, setting, cutoff)
             except KeyboardInterrupt:
                 return
             seconds = time.perf_counter() - began
             on_progress(Progress(label, config.num_rays, config.num_rays, seconds, estimate))
             row = make_row(entry, estimate, seconds, config.num_rays)
-            yield row.model_copy(update={"label": label, "position": {**position, **choice}})
+            yield row.model_copy(update={"label": label, "position": {**position, **choice}, "sweep": sweep})
 
 
 class _Curvatures:
@@ -135,10 +136,10 @@ class _Curvatures:
 
 def _measure(
     entry: ProposalConfig, known: _Curvatures, setting: SeriesSetting, cutoff: float
-) -> tuple[VolumeEstimate, dict[str, float]]:
-    """Return the estimate of one row, and what a tuned proposal has chosen."""
+) -> tuple[VolumeEstimate, dict[str, float], dict[str, np.ndarray]]:
+    """Return the estimate of one row, and what a tuned proposal has chosen, and from what."""
     config, task = setting.config, known.task
-    question = jax.random.key(config.seed), task.cost, task.params, setting.prior
+    key, question = jax.random.key(config.seed), (task.cost, task.params, setting.prior)
     options = {
         "cutoff": cutoff, "num_rays": config.num_rays, "tolerance": config.tolerance,
         "audit_fraction": config.audit_fraction,
@@ -146,11 +147,13 @@ def _measure(
     if isinstance(entry, TunedProposal):
         adam = entry.curvature == "adam"
         tuned = tune_proposal(
-            *question, **options,
+            key, *question, **options,
             curvature=second_moments(task.opt_state, task.params) if adam else known.diagonal(),
             eigenpairs=known.pairs(entry.rank), exponents=entry.exponents, num_pilot_rays=entry.num_pilot_rays,
         )  # fmt: skip
-        return tuned.estimate, {name: float(value) for name, value in tuned.choice.items()}
+        candidates = ("beta", "exponent", "damping", "shift", "mean_log_weight", "std_error")
+        sweep = {name: np.asarray(getattr(tuned.sweep, name)) for name in candidates}
+        return tuned.estimate, {name: float(value) for name, value in tuned.choice.items()}, sweep
     dense = isinstance(entry, DenseGGNProposal)
     proposal = build_proposal(
         entry, task, setting.prior,
@@ -158,4 +161,5 @@ def _measure(
         curvature.dense_ggn(task.apply_fn, task.params, task.inputs) if dense else None,
         cutoff=cutoff,
     )  # fmt: skip
-    return ray_volume(*question, proposal=proposal, **options), {}
+    # The draws of the tuned rows' fresh rays, so that rows differ by their proposals alone.
+    return ray_volume(fresh_key(key), *question, proposal=proposal, **options), {}, {}

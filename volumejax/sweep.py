@@ -22,15 +22,21 @@ from volumejax.tempering import CurvatureModel, tempered
 from volumejax.tuning import curvature_model, model_beta
 from volumejax.validation import check_question
 
-__all__ = ["Sweep", "TunedProposal", "tune_proposal"]
+__all__ = ["Sweep", "TunedProposal", "fresh_key", "tune_proposal"]
 
 _PILOT, _FRESH = 0, 1
 """Tags folded into the key, so that the rays that choose are not those that count."""
-_DECADES = np.arange(-1.0, 2.5, 0.5)
+_DECADES = (-1.0, 0.0, 1.0, 2.0)
 """Powers of ten by which β is tried around the one that matches the cutoff."""
 _SHARES = (0.0, 0.1, 1.0)
 """Dampings to try, in units of the root mean square of the curvature's power."""
-_EXPONENTS = (0.35, 0.5, 0.65)
+_EXPONENTS = (0.3, 0.5)
+_FINER_BETAS = (10.0**-0.5, 1.0, 10.0**0.5)
+_FINER_SHARES = (0.3, 1.0, 3.0)
+_FIRST_SHARES = (0.0, 0.01, 0.03)
+"""In place of the finer ones where the best of the first round has no damping."""
+_FINER_EXPONENTS = (-0.1, 0.0, 0.1)
+"""What the second round tries around the best of the first: factors of β and of the damping, steps of the exponent."""
 
 
 class Sweep(eqx.Module):
@@ -42,6 +48,11 @@ class Sweep(eqx.Module):
     shift: Bool[np.ndarray, "candidates"]
     log_weights: Float[np.ndarray, "candidates rays"]
     """In nats; −inf for a ray without volume."""
+
+    def candidate(self, index: int) -> tuple[float, float, float, float]:
+        """Beta, exponent, damping and shift of one candidate."""
+        columns = (self.beta, self.exponent, self.damping, self.shift)
+        return tuple(float(column[index]) for column in columns)  # pyright: ignore[reportReturnType] - four of them
 
     @property
     def mean_log_weight(self) -> Float[np.ndarray, "candidates"]:
@@ -60,6 +71,11 @@ class Sweep(eqx.Module):
     def best(self) -> int:
         """Index of the candidate with the largest mean log weight."""
         return int(np.argmax(np.where(np.isnan(self.mean_log_weight), -np.inf, self.mean_log_weight)))
+
+
+def _sweep(candidates: Float[np.ndarray, "candidates 4"], log_weights: Float[np.ndarray, "candidates rays"]) -> Sweep:
+    beta, exponent, damping, shift = candidates.T
+    return Sweep(beta, exponent, damping, shift > 0.0, log_weights)
 
 
 class TunedProposal(eqx.Module):
@@ -87,7 +103,7 @@ def tune_proposal(
     curvature: PyTree | Eigenpairs,
     eigenpairs: Eigenpairs | None = None,
     betas: Sequence[float] | None = None,
-    exponents: Sequence[float] = _EXPONENTS,
+    exponents: Sequence[float] | None = None,
     dampings: Sequence[float] | None = None,
     shifts: Sequence[bool] = (True, False),
     num_pilot_rays: int = 16,
@@ -105,7 +121,7 @@ def tune_proposal(
 
     with eigenvalues raised to 2·exponent. The mean of log w is what one ray gives for certain: E log w ≤ log mass, and
     the gap is the divergence of the rays from the region. The maximum over rays, or their log mean exp, would follow a
-    few lucky rays.
+    few lucky rays. What is left open is looked for in two rounds, a coarse one, and one around its best candidate.
 
     Args:
         key: typed threefry key; pilot rays and fresh rays have keys of their own.
@@ -116,10 +132,12 @@ def tune_proposal(
         curvature: h, non-negative, a pytree like the parameters: `second_moments`, `diagonal_ggn`, the absolute
             `diagonal_hessian`; or `Eigenpairs`.
         eigenpairs: the stiffest directions beside a diagonal, as for `curvature_proposal`.
-        betas: inverse temperatures; None for 0 and half decades around the one that matches the cutoff once a few rays
-            have told the unit of the curvature. Under a flat prior they make no difference, and there is one.
-        exponents: powers of the curvature; ½ is the curvature itself.
-        dampings: non-negative, in units of h^exponent; None for 0, 0.1 and 1 times its root mean square.
+        betas: inverse temperatures; None for 0 and decades around the one that matches the cutoff once a few rays
+            have told the unit of the curvature, then half a decade around the best. Under a flat prior they make no
+            difference, and there is one.
+        exponents: powers of the curvature; ½ is the curvature itself. None for 0.3 and 0.5, then 0.1 around the best.
+        dampings: non-negative, in units of h^exponent; None for 0, 0.1 and 1 times its root mean square, then a third
+            and three times the best.
         shifts: whether to use μ. Without a centre in the prior only False.
         num_pilot_rays: rays per candidate, the same draws for all.
         num_rays: fresh rays for the estimate.
@@ -141,7 +159,7 @@ def tune_proposal(
         >>> powers = {"exponents": (0.25, 0.5), "dampings": (0.0,)}
         >>> tuned = vj.tune_proposal(jax.random.key(0), *question, cutoff=0.01, curvature=h, num_rays=64, **powers)
         >>> tuned.choice["exponent"], len(tuned.sweep.beta)
-        (0.5, 30)
+        (0.5, 20)
     """
     key = require_threefry(key)
     params = check_question(cost, params, prior, cutoff)
@@ -154,22 +172,30 @@ def tune_proposal(
         num_rays=num_pilot_rays, max_evaluations=max_evaluations,
         together=max(1, default_batch_size(tree.size(params)) // num_pilot_rays),
     )  # fmt: skip
-    candidates = _candidates(pilot, cutoff, betas, exponents, dampings, shifts)
+    candidates = _candidates(pilot, cutoff, betas, exponents or _EXPONENTS, dampings, shifts)
     log_weights, _ = pilot.send(candidates)
-    beta, exponent, damping, shift = candidates.T
-    sweep = Sweep(beta, exponent, damping, shift > 0.0, log_weights)
+    sweep = _sweep(candidates, log_weights)
+    finer = _around(candidates[sweep.best], pilot, betas is None, exponents is None, dampings is None)
+    finer = finer[~np.any(np.all(np.isclose(finer[:, None], candidates, rtol=1e-6, atol=0.0), axis=2), axis=1)]
+    if len(finer):
+        found, _ = pilot.send(finer)
+        sweep = _sweep(np.concatenate([candidates, finer]), np.concatenate([log_weights, found]))
     if not np.isfinite(sweep.mean_log_weight[sweep.best]):
         raise ValueError(
             "tune_proposal: under every candidate some pilot ray has no volume; raise the cutoff, or give larger "
             "dampings and betas"
         )
-    i = sweep.best
-    proposal = _propose(model, params, prior, float(beta[i]), float(exponent[i]), float(damping[i]), float(shift[i]))
+    proposal = _propose(model, params, prior, *sweep.candidate(sweep.best))
     estimate = ray_volume(
-        jax.random.fold_in(key, _FRESH), cost, params, prior, cutoff=cutoff, proposal=proposal, num_rays=num_rays,
+        fresh_key(key), cost, params, prior, cutoff=cutoff, proposal=proposal, num_rays=num_rays,
         tolerance=tolerance, audit_fraction=audit_fraction, max_evaluations=max_evaluations,
     )  # fmt: skip
     return TunedProposal(proposal, estimate, sweep)
+
+
+def fresh_key(key: Key[Array, ""]) -> Key[Array, ""]:
+    """Return the key of the fresh rays of `tune_proposal`, by which others have the same draws."""
+    return jax.random.fold_in(key, _FRESH)
 
 
 class _Pilot(eqx.Module):
@@ -220,7 +246,7 @@ def _candidates(
     shifts: Sequence[bool],
 ) -> Float[np.ndarray, "candidates 4"]:
     """Return the product of what was given; where β is not, around the one that matches the rays' own reach."""
-    flat = all(float(jnp.max(p)) == 0.0 for p in jax.tree.leaves(pilot.prior.precision(pilot.params)))
+    flat = _is_flat(pilot)
     shifts = sorted({bool(shift) and hasattr(pilot.prior, "displacement") for shift in shifts})
     # Rays of the prior's own shape, or round ones: what every other candidate has to beat.
     plain = np.array([[1.0, 0.0, 0.0, 0.0] if flat else [0.0, 0.5, 0.0, 0.0]])
@@ -247,6 +273,32 @@ def _candidates(
     return np.unique(np.concatenate(rows), axis=0)
 
 
+def _around(
+    best: Float[np.ndarray, "4"], pilot: _Pilot, open_beta: bool, open_exponent: bool, open_damping: bool
+) -> Float[np.ndarray, "candidates 4"]:
+    """Return what lies between the candidates of the first round, around its best, along what was left open.
+
+    β goes with the exponent and the damping, so that the mean precision stays the same.
+    """
+    beta, exponent, damping, shift = best
+    scaled = open_beta and not _is_flat(pilot)
+    powers = [exponent + step for step in _FINER_EXPONENTS] if open_exponent else [exponent]
+    size = _root_mean_square(pilot.model.bent(exponent, 0.0), pilot.params)
+    rows = []
+    if beta > 0.0 and size > 0.0:
+        shares = _FIRST_SHARES if damping == 0.0 else [factor * damping / size for factor in _FINER_SHARES]
+        level = _root_mean_square(pilot.model.bent(exponent, damping), pilot.params)
+        for power in powers:
+            size = _root_mean_square(pilot.model.bent(power, 0.0), pilot.params)
+            for floor in [share * size for share in shares] if open_damping else [damping]:
+                bent = pilot.model.bent(power, floor)
+                if _is_flat(pilot) and not _positive(bent):
+                    continue
+                same = beta * (level / _root_mean_square(bent, pilot.params)) ** 2 if scaled else beta
+                rows += [(factor * same, power, floor, shift) for factor in (_FINER_BETAS if scaled else (1.0,))]
+    return np.array(rows, np.float64).reshape(-1, 4)
+
+
 def _betas(bent: CurvatureModel, pilot: _Pilot, cutoff: float, reach: float) -> list[float]:
     """Return temperatures around the one that matches, once the curvature is in the unit that the rays feel.
 
@@ -270,7 +322,11 @@ def _betas(bent: CurvatureModel, pilot: _Pilot, cutoff: float, reach: float) -> 
         None if bent.values is None else unit * bent.values,
         bent.vectors,
     )
-    return list(model_beta(scaled, pilot.params, pilot.prior, cutoff, False) * unit * 10.0**_DECADES)
+    return list(model_beta(scaled, pilot.params, pilot.prior, cutoff, False) * unit * 10.0 ** np.array(_DECADES))
+
+
+def _is_flat(pilot: _Pilot) -> bool:
+    return all(float(jnp.max(p)) == 0.0 for p in jax.tree.leaves(pilot.prior.precision(pilot.params)))
 
 
 def _root_mean_square(bent: CurvatureModel, params: PyTree) -> float:

@@ -1,10 +1,11 @@
 """The text of a run's table: what the terminal and the report both show."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from volumejax.records import Row, Run, Scalar
+from volumejax.records import TUNED, Row, Run, Scalar
 
 REMEDIES = {
     "noise_limited": "the cost's rounding limits the radius: raise the cutoff",
@@ -27,6 +28,7 @@ class Cells(NamedTuple):
     lower: str = ""
     log_mean: str = ""
     per_ray: str = ""
+    chosen: str = ""
     passes: str = ""
     quoted: str = ""
     exact: str = ""
@@ -43,8 +45,8 @@ class Cells(NamedTuple):
 
 
 HEADERS = Cells(
-    "method", "log mass", "at least", "log mean w", "per ray", "passes", "λ̂", "λ (m)", "SE off", "hot", "cold", "R-hat",
-    "D/2", "ESS", "k-hat", "evals", "s", "paper",
+    "method", "log mass", "at least", "log mean w", "per ray", "chosen", "passes", "λ̂", "λ (m)", "SE off", "hot",
+    "cold", "R-hat", "D/2", "ESS", "k-hat", "evals", "s", "paper",
 )  # fmt: skip
 
 
@@ -68,6 +70,7 @@ def cells(row: Row) -> Cells:
     rays = max(1, int(value["num_rays"]))
     return Cells(
         method=row.label if row.complete else f"{row.label} (partial, {rays} rays)",
+        chosen=chosen(row),
         log_mass=claim(value),
         lower=lower,
         log_mean=number(value["log_mass"], 1),
@@ -153,23 +156,71 @@ def notes(run: Run) -> list[str]:
         )
     for status, remedy in REMEDIES.items():
         counts = [(row.label, int(row.estimate.get(f"rays_{status}", 0))) for row in rays]
-        found = [f"{label} {count}" for label, count in counts if count]
+        found = [(label, count) for label, count in counts if count]
         if found:
-            lines.append(f"{status.replace('_', ' ')} rays ({', '.join(found)}): {remedy}.")
+            lines.append(f"{status.replace('_', ' ')} rays ({_counted(found)}): {remedy}.")
     # Where every ray was audited none is left unseen, and the bound holds.
     open_rows = [row for row in rays if row.estimate.get("bound_kind") != "certified"]
     rates = [(row.label, float(row.estimate.get("violation_rate", math.nan))) for row in open_rows]
-    violated = [f"{label} {100 * rate:.1f} %" for label, rate in rates if rate > 0]
+    violated = [(label, 100 * rate) for label, rate in rates if rate > 0]
     if violated:
+        told = _counted(violated, ".1f", " %")
         lines.append(
-            f"* audited rays had left the region before the crossing found ({', '.join(violated)}): others may "
-            "have too, so nothing is certified; audit all of them with audit_fraction: 1."
+            f"* audited rays had left the region before the crossing found ({told}): others may have too, so nothing "
+            "is certified; audit all of them with audit_fraction: 1."
         )
     noise = max((float(row.estimate.get("noise", 0.0)) for row in rays), default=0.0)
     if noise > 0.5:
         shift = number(noise, 1)
         lines.append(f"The cost's rounding may shift every log mass by {shift} nats; no error bar includes it.")
     return lines + _chain_notes(run)
+
+
+def chosen(row: Row) -> str:
+    """What pilot rays chose for a tuned row: β, and where it matters exponent, damping and shift, on two lines.
+
+    Example:
+        >>> position = {"beta": 2.31e4, "exponent": 0.5, "damping": 0.0, "shift": 0.0}
+        >>> print(chosen(Row(label="a", kind="tuned", seconds=1.0, estimate={}, position=position)))
+        β=2.3e4, power 0.5
+        damping 0, no shift
+    """
+    if row.kind != TUNED:
+        return ""
+    beta, power, damping, shift = (
+        row.position.get(name, math.nan) for name in ("beta", "exponent", "damping", "shift")
+    )
+    if beta == 0.0:
+        return "β=0, the prior's own\n" + ("shift" if shift else "no shift")
+    return f"β={_short(beta)}, power {power:g}\ndamping {_short(damping)}, {'shift' if shift else 'no shift'}"
+
+
+def _short(value: float) -> str:
+    """Two digits, and a short exponent."""
+    return re.sub(r"e([+-])0*", lambda m: f"e{m[1].strip('+')}", f"{value:.2g}")
+
+
+def headline(run: Run) -> tuple[Row, ...]:
+    """The rows that measure one and the same: of a series those at its last step and the cutoff nearest to its own."""
+    steps = [row.position["step"] for row in run.rows if "step" in row.position]
+    rows = [row for row in run.rows if not steps or row.position.get("step") == max(steps)]
+    cutoffs = {row.position["cutoff"] for row in rows if "cutoff" in row.position}
+    if cutoffs:
+        nearest = min(cutoffs, key=lambda cutoff: abs(math.log(cutoff / run.cutoff)))
+        rows = [row for row in rows if row.position.get("cutoff") == nearest]
+    return tuple(rows)
+
+
+def method(row: Row) -> str:
+    """The label without the row's place in a series."""
+    return row.label.split(", step ")[0].split(", ε=")[0]
+
+
+def _counted(found: Sequence[tuple[str, int | float]], digits: str = ".0f", unit: str = "") -> str:
+    """Which rows, and how much of it; of many the three that have most."""
+    most = sorted(found, key=lambda entry: -entry[1])[:3] if len(found) > 4 else found
+    told = "; ".join(f"{label}: {value:{digits}}{unit}" for label, value in most)
+    return told if len(most) == len(found) else f"in {len(found)} rows, most in {told}"
 
 
 def _coefficient_notes(run: Run) -> list[str]:

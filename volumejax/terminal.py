@@ -29,7 +29,7 @@ HEARTBEAT = 10.0
 """Seconds between two lines of one stage where the output is a file and not a terminal."""
 
 _STACKS = (
-    ("method",),
+    ("method", "chosen"),
     ("log_mass", "lower", "log_mean"),
     ("quoted", "exact", "off"),
     ("hot", "cold", "r_hat"),
