@@ -201,6 +201,14 @@ def test_costs_map_over_parameters():
     np.testing.assert_allclose(both, [0.0, cost(params)], rtol=1e-5, atol=1e-12)
 
 
+def test_inputs_that_the_network_does_not_take_are_named():
+    fails = r"apply_fn\(params, inputs\) fails on inputs of shape \[4, 5\] \(TypeError: .*\); pass the parameters"
+    with pytest.raises(ValueError, match=fails):
+        behaviours.kl_to_anchor(lambda w, x: x @ w, jnp.ones((3, 2)), jnp.ones((4, 5)))
+    with pytest.raises(ValueError, match=r"fails on inputs of shape \[4, 3\] \(KeyError: 'w'\)"):
+        behaviours.kl_to_anchor(lambda params, x: x @ params["w"], {}, jnp.ones((4, 3)))
+
+
 def test_inputs_may_be_a_pytree():
     inputs = {"x": jnp.ones((4, 3)), "scale": jnp.arange(1.0, 5.0)}
 

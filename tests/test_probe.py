@@ -234,6 +234,20 @@ def test_due_steps(probe):
     [
         (lambda probe: vj.VolumeProbe(quadratic, PRIOR, 0.1, every=0), "every must be at least 1, got 0"),
         (lambda probe: vj.VolumeProbe(quadratic, PRIOR, 0.1, num_rays=0), "num_rays must be at least 1, got 0"),
+        (lambda probe: vj.VolumeProbe(quadratic, PRIOR, 0.1, num_rays=8.5), "num_rays must be a whole number, got 8.5"),
+        (
+            lambda probe: vj.VolumeProbe(None, PRIOR, 0.1),
+            r"a function \(params, data\) -> cost, got NoneType; for",
+        ),
+        (
+            lambda probe: vj.VolumeProbe(vj.loss(jnp.dot, jnp.ones((3, 2)), jnp.zeros(3, int)), PRIOR, 0.1),
+            "got the cost of one network; for instance lambda params, inputs: kl_to_anchor",
+        ),
+        (lambda probe: vj.VolumeProbe(quadratic, PRIOR, 0.1, proposal="adam"), "got str; pass Isotropic"),
+        (
+            lambda probe: vj.VolumeProbe(lambda w, data: jnp.sum(w), PRIOR, 0.1)(KEY, 0, jnp.ones(2)),
+            "must return a cost, got .*; for instance lambda",
+        ),
         (lambda probe: probe(KEY, 1.0, jnp.ones(2)), "step must be one whole number, got float"),
         (
             lambda probe: probe(KEY, jnp.arange(2), jnp.ones(2)),
@@ -248,6 +262,15 @@ def test_misuse_is_refused_with_a_remedy(probe, call, message):
         call(probe)
 
 
+def test_weights_or_moments_that_are_no_numbers_give_no_number(probe):
+    """Not −inf, which would pass for a bound."""
+    broken = probe(KEY, 0, jnp.ones(6).at[2].set(jnp.nan), jnp.ones(6))
+    early = eqx.tree_at(lambda p: p.proposal, probe, functools.partial(vj.adam_proposal, beta=10.0))
+    before = early(KEY, 0, jnp.ones(6), jnp.ones(6), optax.adam(0.1).init(jnp.ones(6)))
+    assert broken.keys() == before.keys() == KEYS
+    assert all(np.isnan(value) for value in [*broken.values(), *before.values()])
+
+
 def test_a_proposal_function_without_a_state_is_an_error(probe):
-    with pytest.raises(ValueError, match=r"no state at all\) holds no second moments"):
+    with pytest.raises(ValueError, match="opt_state is missing; pass the state of the optimizer"):
         eqx.tree_at(lambda p: p.proposal, probe, vj.adam_proposal)(KEY, 0, jnp.ones(2), jnp.ones(2))

@@ -193,6 +193,15 @@ def test_ordinary_runs_have_no_series(example_run):
         ("checkpoints: 3, tethers: [{region: star}]}", "go without tethers; give those a file of their own"),
         ("cutoffs: [0.1, 0.1], proposals: [{kind: isotropic}]}", "cutoffs holds a number twice"),
         ("proposals: [{kind: tuned}]}", "add `curvature: adam`"),
+        (
+            "proposals: [{kind: tuned, curvature: adam, exponents: []}]}",
+            "exponents: is an empty list; write",
+        ),
+        (
+            "proposals: [{kind: tuned, curvature: adam, exponents: 0.3}]}",
+            r"a list of numbers such as .*, got 0.3",
+        ),
+        ("cutoffs: 0.1, proposals: [{kind: isotropic}]}", r"cutoffs: expected a list of numbers such as"),
     ],
 )
 def test_mistakes(rest, message):

@@ -7,6 +7,7 @@ otherwise than the proposal returned, β in the unit of the curvature left unsca
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import volumejax as vj
@@ -167,6 +168,10 @@ def test_the_mean_wins_where_the_cutoff_is_large():
         ({"num_pilot_rays": 1}, "num_pilot_rays must be at least 2, got 1"),
         ({"curvature": jnp.full(12, -1.0)}, "negative or NaN entries"),
         ({"curvature": jnp.ones(3)}, "has shape"),
+        ({"curvature": optax.adam(0.1).init(jnp.zeros(12))}, r"state of an optimizer; pass second_moments\("),
+        ({"exponents": ()}, "exponents is empty; give it at least one value"),
+        ({"exponents": (-0.5,)}, r"exponents must be finite and not negative, got \(-0.5,\)"),
+        ({"dampings": (-1.0,)}, "dampings must be finite and not negative"),
     ],
 )
 def test_misuse(options, message):

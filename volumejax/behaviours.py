@@ -23,6 +23,7 @@ from volumejax.examples import (
     make_examples,
     micro_batch,
     num_batches,
+    trace_logits,
 )
 from volumejax.softmax import cross_entropy, divergence, is_wrong, label_gap
 
@@ -265,7 +266,7 @@ def _with_anchor(
 ) -> Behaviour:
     check_function(apply_fn)
     check_batch_size(batch_size)
-    check_logits(jax.eval_shape(apply_fn, params, examples.inputs), examples)
+    trace_logits(apply_fn, params, examples)
     params = jax.tree.map(jnp.asarray, params)
     if recompute_anchor:
         return Behaviour(apply_fn, measure, examples, params, batch_size)

@@ -63,6 +63,9 @@ def explain(error: ValidationError, data: Any, text: str, source: str, models: M
     return ConfigError(one_line(source, where + _explain(first, models) + more, _line_number(text, path)))
 
 
+_OF_NUMBERS = ("exponents", "cutoffs", "betas", "widths")
+
+
 def _explain(error: ErrorDetails, models: Models) -> str:
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "extra_forbidden":
@@ -90,6 +93,10 @@ def _explain(error: ErrorDetails, models: Models) -> str:
             return f"is the string {_shown(value)}, not a number; write it without quotes: {_written(number)}"
     if kind == "int_type" and isinstance(value, float) and value.is_integer():
         return f"expected a whole number, got {value:g}; write {int(value)}"
+    if kind == "tuple_type" and error["loc"][-1] in _OF_NUMBERS:
+        return f"expected a list of numbers such as [0.1, 1], got {_shown(value)}"
+    if kind == "too_short":
+        return "is an empty list; write at least one entry into it, or remove the key"
     first = "region" if "tethers" in error["loc"] else "kind"
     wanted = {
         "float_type": "a number such as 0.01",

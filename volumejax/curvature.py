@@ -22,10 +22,10 @@ from volumejax.examples import (
     Examples,
     check_batch_size,
     check_function,
-    check_logits,
     make_examples,
     micro_batch,
     num_batches,
+    trace_logits,
 )
 
 __all__ = [
@@ -232,7 +232,7 @@ def _prepare(
     check_function(apply_fn)
     check_batch_size(batch_size)
     examples = make_examples(inputs, mask=mask)
-    positions = check_logits(jax.eval_shape(apply_fn, params, examples.inputs), examples)[:-1]
+    positions = trace_logits(apply_fn, params, examples)[:-1]
     keep = jnp.ones(positions, bool) if examples.mask is None else examples.mask
     return examples.inputs, keep, len(examples) if batch_size is None else min(batch_size, len(examples))
 

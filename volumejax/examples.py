@@ -19,6 +19,7 @@ __all__ = [
     "make_examples",
     "micro_batch",
     "num_batches",
+    "trace_logits",
 ]
 
 
@@ -93,6 +94,20 @@ def check_logits(logits: Any, examples: Examples) -> tuple[int, ...]:
                 f"got {list(array.shape)}; give one value for each position"
             )
     return shape
+
+
+def trace_logits(apply_fn: Callable, params: PyTree, examples: Examples) -> tuple[int, ...]:
+    """Return the shape of the logits on the examples, without computing them; ValueError where they do not fit."""
+    try:
+        logits = jax.eval_shape(apply_fn, params, examples.inputs)
+    except Exception as error:
+        shapes = ", ".join(str(list(jnp.shape(leaf))) for leaf in jax.tree.leaves(examples.inputs))
+        reason = (str(error).splitlines() or [""])[0].rstrip(".")
+        raise ValueError(
+            f"apply_fn(params, inputs) fails on inputs of shape {shapes} ({type(error).__name__}: {reason}); pass the "
+            "parameters of this model, and inputs as it takes them with their leading axis"
+        ) from error
+    return check_logits(logits, examples)
 
 
 def check_function(apply_fn: Callable) -> None:

@@ -28,6 +28,7 @@ _INSTEAD = (
     "use curvature instead, curvature_proposal(diagonal_ggn(apply_fn, params, inputs), params, prior, cutoff=...), "
     "or Isotropic()"
 )
+_FORGOTTEN = "opt_state is missing; pass the state of the optimizer, to a VolumeProbe as its last argument"
 
 
 def second_moments(opt_state: Any, params: PyTree, *, b2: ArrayLike | None = None) -> PyTree:
@@ -78,6 +79,8 @@ def second_moments(opt_state: Any, params: PyTree, *, b2: ArrayLike | None = Non
     _check_rate(b2, "b2")
     found = find_moments(opt_state, params)
     if not found:
+        if opt_state is None:
+            raise ValueError(_FORGOTTEN)
         raise ValueError(
             f"the optimizer state ({', '.join(kinds_of(opt_state))}) holds no second moments, as Adam, RMSProp or "
             f"Adafactor would keep; {_INSTEAD}"

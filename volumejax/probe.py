@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer, Key, PyTree
 
+from volumejax.behaviours import Behaviour
 from volumejax.casting import NUM_SCOUTS
 from volumejax.parallel import default_batch_size, require_threefry
 from volumejax.proposals import Isotropic
@@ -27,6 +28,9 @@ _NUMBERS = (
     "max_log_weight", "noise", "ess", "pareto_k",
 )  # fmt: skip
 _COUNTS = ("converged", "violated", "evaluations")
+
+
+_SUCH_AS = "for instance lambda params, inputs: kl_to_anchor(apply_fn, params, inputs)"
 
 
 class VolumeProbe(eqx.Module):
@@ -54,7 +58,7 @@ class VolumeProbe(eqx.Module):
         mesh: device mesh with an axis `rays`; None for one device.
 
     Raises:
-        ValueError: `every` or `num_rays` below 1.
+        ValueError: `every` or `num_rays` below 1, or something else than functions and proposals where one is asked.
 
     Example:
         >>> import jax, jax.numpy as jnp, volumejax as vj
@@ -82,8 +86,18 @@ class VolumeProbe(eqx.Module):
     def __check_init__(self) -> None:
         """Refuse what could not be asked for later without a compiled program in the way."""
         for name, value in (("every", self.every), ("num_rays", self.num_rays)):
+            if not isinstance(value, int | np.integer):
+                raise ValueError(f"{name} must be a whole number, got {value}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not callable(self.behaviour) or isinstance(self.behaviour, Behaviour):
+            what = "the cost of one network" if callable(self.behaviour) else type(self.behaviour).__name__
+            raise ValueError(f"behaviour must be a function (params, data) -> cost, got {what}; {_SUCH_AS}")
+        if not (hasattr(self.proposal, "draw") or callable(self.proposal)):
+            raise ValueError(
+                "proposal must be a proposal or a function (opt_state, params, prior) -> proposal, got "
+                f"{type(self.proposal).__name__}; pass Isotropic() or functools.partial(adam_proposal, beta=...)"
+            )
 
     def __call__(
         self, key: Key[Array, ""], step: ArrayLike, params: PyTree, data: PyTree = None, opt_state: PyTree = None
@@ -99,7 +113,8 @@ class VolumeProbe(eqx.Module):
             opt_state: handed to a `proposal` that is a function, otherwise ignored.
 
         Returns:
-            Scalars of JAX's default float dtype, all NaN where the step is not due: `log_mass`, `std_error`, `lower`,
+            Scalars of JAX's default float dtype, all NaN where the step is not due, the parameters are not finite, or
+            the optimizer has no moments yet: `log_mass`, `std_error`, `lower`,
             `prior_term`, `volume_term`, `mean_log_weight`, `std_log_weight`, `max_log_weight` and `noise` in nats,
             `ess`, `pareto_k`, and `converged` and `violated`, the shares of rays whose end was found and of audited
             rays that had left the region before, and `evaluations`, forward passes that the rays needed. They mean
@@ -139,9 +154,13 @@ def _probe(
         proposal = probe.proposal
         if not hasattr(proposal, "draw"):
             proposal = proposal(opt_state, anchor, probe.prior)
+        cost = probe.behaviour(anchor, data)
+        if not callable(cost):
+            what = "an array" if isinstance(cost, jax.Array) else type(cost).__name__
+            raise ValueError(f"behaviour(params, data) must return a cost, got {what}; {_SUCH_AS}")
         estimate = ray_volume(
             jax.random.fold_in(key, step),
-            probe.behaviour(anchor, data),
+            cost,
             anchor,
             probe.prior,
             cutoff=probe.cutoff,
@@ -153,10 +172,18 @@ def _probe(
             max_evaluations=probe.max_evaluations,
             mesh=probe.mesh,
         )
-        return _scalars(estimate)
+        # Where training has diverged, or the optimizer has no moments yet, there is no number, not even a bound.
+        sound = _is_finite((anchor, proposal))
+        return {name: jnp.where(sound, value, jnp.nan) for name, value in _scalars(estimate).items()}
 
     missing = {name: jnp.full((), jnp.nan, jnp.result_type(float)) for name in (*_NUMBERS, *_COUNTS)}
     return jax.lax.cond(step % probe.every == 0, measure, lambda: missing)
+
+
+def _is_finite(tree: PyTree) -> Array:
+    """Return whether no leaf holds NaN or infinity."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
 
 def _scalars(estimate: VolumeEstimate) -> dict[str, Array]:

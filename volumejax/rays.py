@@ -184,6 +184,8 @@ def _pose(
     """Check everything that can be checked beforehand; return key, question, lanes and audit stride."""
     key = require_threefry(key)
     for name, value in (("num_rays", num_rays), ("batch_size", batch_size), ("max_evaluations", max_evaluations)):
+        if value is not None and not isinstance(value, int | np.integer):
+            raise ValueError(f"{name} must be a whole number, got {value}")
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not 0.0 <= audit_fraction <= 1.0:
@@ -191,6 +193,11 @@ def _pose(
     if not is_traced(tolerance) and not float(np.asarray(tolerance)) > 0.0:
         raise ValueError(f"tolerance must be a positive number of nats, got {tolerance}")
     params = check_question(cost, params, prior, cutoff)
+    if not hasattr(proposal, "draw"):
+        raise ValueError(
+            f"proposal must be one such as Isotropic() or Diagonal(...), got {type(proposal).__name__}; call what "
+            "makes it, e.g. adam_proposal(opt_state, params, prior, cutoff=...)"
+        )
     proposal.check(params)
     question = Question(
         cost=cost,

@@ -165,6 +165,11 @@ def tune_proposal(
     params = check_question(cost, params, prior, cutoff)
     if num_pilot_rays < 2:
         raise ValueError(f"num_pilot_rays must be at least 2, got {num_pilot_rays}")
+    for name, values in (("betas", betas), ("exponents", exponents), ("dampings", dampings)):
+        if values is not None and not all(value >= 0.0 and math.isfinite(value) for value in values):
+            raise ValueError(f"{name} must be finite and not negative, got {tuple(values)}")
+        if values is not None and not len(values):
+            raise ValueError(f"{name} is empty; give it at least one value, or leave it out")
     model = curvature_model(curvature, params, eigenpairs)
     pilot = _Pilot(
         key=jax.random.fold_in(key, _PILOT), cost=cost, params=params, prior=prior, model=model,
@@ -172,7 +177,7 @@ def tune_proposal(
         num_rays=num_pilot_rays, max_evaluations=max_evaluations,
         together=max(1, default_batch_size(tree.size(params)) // num_pilot_rays),
     )  # fmt: skip
-    candidates = _candidates(pilot, cutoff, betas, exponents or _EXPONENTS, dampings, shifts)
+    candidates = _candidates(pilot, cutoff, betas, _EXPONENTS if exponents is None else exponents, dampings, shifts)
     log_weights, _ = pilot.send(candidates)
     sweep = _sweep(candidates, log_weights)
     finer = _around(candidates[sweep.best], pilot, betas is None, exponents is None, dampings is None)

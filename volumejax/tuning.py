@@ -16,6 +16,7 @@ from volumejax import tree
 from volumejax.eigenpairs import Eigenpairs
 from volumejax.low_rank import LowRankPrecision
 from volumejax.optax_moments import second_moments
+from volumejax.optax_states import find_moments
 from volumejax.proposals import Dense, Diagonal
 from volumejax.tempering import CurvatureModel, mean_cost, tempered
 
@@ -320,6 +321,8 @@ def _is_dense(curvature: Any, params: PyTree) -> bool:
 
 def _diagonal_curvature(curvature: PyTree, params: PyTree) -> PyTree:
     """Return the diagonal as full float32 leaves, once it is known to fit and to be non-negative."""
+    if find_moments(curvature, params):
+        raise ValueError("curvature is the state of an optimizer; pass second_moments(opt_state, params) of it")
     parts = tree.broadcast_to(curvature, params, "curvature")
     full = jax.tree.map(lambda h, x: jnp.broadcast_to(jnp.asarray(h, jnp.float32), jnp.shape(x)), parts, params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(full):
