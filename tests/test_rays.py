@@ -331,6 +331,7 @@ def test_the_audit_finds_a_thin_wall_and_says_what_to_do():
         (dict(cutoff=-1.0), "cutoff must be a positive"),
         (dict(proposal=vj.Diagonal(jnp.ones(9))), "Diagonal scale"),
         (dict(proposal=vj.Dense(jnp.eye(9))), "there are 10 parameters"),
+        (dict(proposal=vj.adam_proposal), "proposal must be one such as .*, got function; call what makes it"),
     ],
 )
 def test_misuse_is_refused_with_a_remedy(options, words):
@@ -338,3 +339,8 @@ def test_misuse_is_refused_with_a_remedy(options, words):
         vj.ray_volume(jax.random.key(0), ball, ANCHOR, UNIT, **{"cutoff": 0.5, **options})
     with pytest.raises(ValueError, match=words):
         vj.ray_stream(jax.random.key(0), ball, ANCHOR, UNIT, **{"cutoff": 0.5, **options})
+
+
+def test_a_number_is_no_prior():
+    with pytest.raises(ValueError, match=r"prior must be one such as Gaussian\(sigma=0.5\) or Lebesgue\(\), got float"):
+        vj.ray_volume(jax.random.key(0), ball, ANCHOR, 0.5, cutoff=0.5)
