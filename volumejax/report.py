@@ -58,8 +58,8 @@ CAPTIONS = {
     ),
     "exponents": (
         "Mean log mass over the exponent: open symbols are the best that pilot rays found for it among all β, dampings "
-        "and shifts, with one standard error, and filled ones fresh rays at one damping. The pilot rays are few, and "
-        "its best is a maximum, so it lies a little high."
+        "and shifts, with one standard error; filled ones, if any, are fresh rays at one damping. Pilot rays are few "
+        "and the best of many candidates is a maximum, so open symbols lie a little high."
     ),
     "curve": (
         "Above, log mass at each smaller cutoff as well, with a 95 % band, from the same chains. Below, what that "
