@@ -12,7 +12,8 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "volumejax"
 
 # From the ground up; modules on one line do not know each other.
 LAYERS = [
-    ["logmath", "radial", "tree", "softmax", "examples", "tails", "chains", "free_energy", "metric", "optax_states"],
+    ["logmath", "radial", "tree", "softmax", "examples", "tails", "free_energy", "metric", "optax_states"],
+    ["chains", "islands"],
     ["spectrum"],
     ["coefficients", "exact", "results", "parallel", "diagnostics", "rows", "eigenpairs"],
     ["priors", "regions", "behaviours", "curvature", "lanczos", "langevin", "validation"],
@@ -21,10 +22,10 @@ LAYERS = [
     ["tempering"],
     ["casting", "tuning", "ensemble"],
     ["kernels", "ladder"],
-    ["annealing"],
-    ["pilot", "release", "tally"],
+    ["annealing", "particles"],
+    ["pilot", "release", "tally", "descent"],
     ["summary"],
-    ["rays", "tether", "laplace", "learning"],
+    ["rays", "tether", "temper", "laplace", "learning"],
     ["sweep", "probe"],
     ["__init__"],
     ["models.mlp"],

@@ -5,6 +5,7 @@ from volumejax.chains import ChainTrace, Curve, LearningCoefficient
 from volumejax.curvature import DiagonalEstimate, dense_ggn, diagonal_ggn, ggn_product, sampled_diagonal_ggn
 from volumejax.eigenpairs import Eigenpairs, top_eigenpairs
 from volumejax.hessian import dense_hessian, diagonal_hessian, hessian_product
+from volumejax.islands import IslandTrace
 from volumejax.laplace import DenseSpectrum, LanczosSpectrum, laplace_volume
 from volumejax.learning import SGLD, Hamiltonian, learning_coefficient
 from volumejax.low_rank import LowRank, LowRankPrecision
@@ -17,6 +18,7 @@ from volumejax.regions import Connected, Star
 from volumejax.results import BoundKind, Kind, RayBatch, Status, VolumeEstimate
 from volumejax.spectrum import SpectrumTrace
 from volumejax.sweep import Sweep, TunedProposal, tune_proposal
+from volumejax.temper import temper_stream, temper_volume
 from volumejax.tether import tether_stream, tether_volume
 from volumejax.tuning import adam_proposal, curvature_proposal, damped_proposal
 
@@ -33,6 +35,7 @@ __all__ = [
     "Eigenpairs",
     "Gaussian",
     "Hamiltonian",
+    "IslandTrace",
     "Isotropic",
     "Kind",
     "LanczosSpectrum",
@@ -70,6 +73,8 @@ __all__ = [
     "ray_volume",
     "sampled_diagonal_ggn",
     "second_moments",
+    "temper_stream",
+    "temper_volume",
     "tether_stream",
     "tether_volume",
     "top_eigenpairs",

@@ -17,6 +17,7 @@ __all__ = [
     "log_mean_error",
     "pareto_k",
     "pareto_k_limit",
+    "skewed_mean_error",
     "split_r_hat",
 ]
 
@@ -42,6 +43,19 @@ def log_mean_error(log_weights: Float[Array | np.ndarray, "rays"]) -> Float[Arra
             return jnp.full((), jnp.inf, jnp.float64)
         error = jnp.std(w, ddof=1) / (math.sqrt(n) * jnp.where(mean > 0.0, mean, 1.0))
         return jnp.where(mean > 0.0, error, jnp.inf)
+
+
+def skewed_mean_error(log_weights: Float[np.ndarray, "weights"]) -> float:
+    """Return the standard error of log mean w for a few skewed weights; +inf where one is zero.
+
+    The larger of `log_mean_error` and of what log-normal weights of this scatter s would have, √((e^{s²} − 1)/n): of
+    sixteen such weights the largest is seldom seen, and at s = 1 the first alone is a third too small.
+    """
+    x = np.asarray(log_weights, np.float64)
+    if len(x) < 2 or not np.all(np.isfinite(x)):
+        return math.inf
+    with np.errstate(over="ignore"):
+        return max(float(log_mean_error(x)), math.sqrt(float(np.expm1(np.var(x, ddof=1))) / len(x)))
 
 
 def split_r_hat(groups: Float[np.ndarray, "groups draws"]) -> float:

@@ -105,6 +105,10 @@ class Gaussian(eqx.Module):
                 lambda z, s, m, x: (wide(m) + wide(s) * wide(z)).astype(x.dtype), z, sigma, centre, like
             )
 
+    def middle(self, like: PyTree) -> PyTree:
+        """Return the mean, shaped like `like`."""
+        return _filled(self._centre(like), like)
+
     def _centre(self, params: PyTree) -> PyTree:
         return tree.broadcast_to(0.0 if self.mean is None else self.mean, params, "Gaussian mean")
 
@@ -182,6 +186,12 @@ class UniformBox(eqx.Module):
             spread = jax.tree.map(lambda u, a, b: wide(a) + (wide(b) - wide(a)) * wide(u), unit, low, high)
             return jax.tree.map(lambda value, x: value.astype(x.dtype), spread, like)
 
+    def middle(self, like: PyTree) -> PyTree:
+        """Return the middle of the box, shaped like `like`."""
+        low, high = self.bounds(like)
+        with jax.enable_x64(True):
+            return _filled(jax.tree.map(lambda a, b: 0.5 * (wide(a) + wide(b)), low, high), like)
+
     def bounds(self, params: PyTree) -> tuple[PyTree, PyTree]:
         """Return the bounds as pytrees like the parameters."""
         low = tree.broadcast_to(self.low, params, "UniformBox low")
@@ -248,9 +258,11 @@ class UniformBall(eqx.Module):
         dimension = tree.size(like)
         with jax.enable_x64(True):
             scale = wide(self.radius) * wide(u) ** (1.0 / dimension) / jnp.sqrt(tree.dot(z, z))
-        centre = tree.broadcast_to(0.0 if self.center is None else self.center, like, "UniformBall center")
-        centre = jax.tree.map(lambda c, x: jnp.broadcast_to(jnp.asarray(c, x.dtype), x.shape), centre, like)
-        return tree.axpy(scale, z, centre)
+        return tree.axpy(scale, z, self.middle(like))
+
+    def middle(self, like: PyTree) -> PyTree:
+        """Return the centre, shaped like `like`."""
+        return _filled(tree.broadcast_to(0.0 if self.center is None else self.center, like, "UniformBall center"), like)
 
     def offset(self, params: PyTree) -> PyTree:
         """Return θ0 − centre, in float64."""
@@ -292,6 +304,11 @@ class Lebesgue(eqx.Module):
     def precision(self, params: PyTree) -> PyTree:
         """Return zeros: a flat prior has no curvature."""
         return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+
+
+def _filled(values: PyTree, like: PyTree) -> PyTree:
+    """Return `values` in the shapes and dtypes of `like`."""
+    return jax.tree.map(lambda v, x: jnp.broadcast_to(jnp.asarray(v, x.dtype), x.shape), values, like)
 
 
 def _zero() -> Array:

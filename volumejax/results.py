@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from volumejax.chains import ChainTrace, Curve, LearningCoefficient
+from volumejax.islands import IslandTrace
 from volumejax.spectrum import SpectrumTrace
 
 __all__ = ["BoundKind", "Kind", "RayBatch", "Status", "VolumeEstimate"]
@@ -109,7 +110,7 @@ class VolumeEstimate(eqx.Module):
     region: str = eqx.field(static=True)
     curve: Curve | None = None
     learning_coefficient: LearningCoefficient | None = None
-    trace: RayBatch | ChainTrace | SpectrumTrace | None = None
+    trace: RayBatch | ChainTrace | IslandTrace | SpectrumTrace | None = None
 
     @property
     def bits(self) -> Any:
@@ -128,6 +129,8 @@ class VolumeEstimate(eqx.Module):
             return int(self.trace.products)
         if isinstance(self.trace, ChainTrace):
             return int(self.trace.gradients) * self.trace.num_chains
+        if isinstance(self.trace, IslandTrace):
+            return int(self.trace.gradients)
         rays = 0 if self.trace is None else np.sum(self.trace.evaluations) + np.sum(self.trace.audit_evaluations)
         return int(self.scout_evaluations) + int(rays)
 
@@ -156,6 +159,8 @@ class VolumeEstimate(eqx.Module):
         kind, n = Kind(int(self.kind)), self.num_rays
         if isinstance(self.trace, ChainTrace):
             remarks += self._chain_remarks(kind, self.trace)
+        elif isinstance(self.trace, IslandTrace):
+            remarks += self._island_remarks(kind, self.trace)
         elif isinstance(self.trace, SpectrumTrace):
             remarks += ["a quadratic model at the anchor, and no bound", *self.trace.remarks()]
         elif not self.log_mass > -np.inf:
@@ -208,6 +213,15 @@ class VolumeEstimate(eqx.Module):
             remarks.append("a lower bound: the heating pass that would show the bias has not ended")
         return remarks + trace.remarks()
 
+    def _island_remarks(self, kind: Kind, trace: IslandTrace) -> list[str]:
+        remarks = []
+        if kind is Kind.NOT_MIXED:
+            remarks.append(
+                f"not converged: the islands' log weights scatter by {trace.scatter:.2f} nats; only `lower` may be "
+                "quoted; raise effort or num_particles"
+            )
+        return remarks + trace.remarks()
+
     def to_dict(self) -> dict[str, float | int | str]:
         """Return the scalars, flat, for a logger; concrete estimates only."""
         numbers = (
@@ -227,7 +241,7 @@ class VolumeEstimate(eqx.Module):
         hysteresis = np.asarray(self.hysteresis, np.float64)
         if hysteresis.shape == (2,):
             flat |= {"hysteresis_cooling": float(hysteresis[0]), "hysteresis_heating": float(hysteresis[1])}
-        if isinstance(self.trace, ChainTrace):
+        if isinstance(self.trace, ChainTrace | IslandTrace):
             flat |= self.trace.scalars()
         if self.learning_coefficient is not None:
             flat |= {
@@ -248,6 +262,12 @@ class VolumeEstimate(eqx.Module):
                 f"  {self.trace.num_chains} chains x {int(self.trace.gradients)} gradients: cooling "
                 f"{float(self.hysteresis[0]):.2f}, heating {float(self.hysteresis[1]):.2f}, "
                 f"max R-hat {self.trace.slowest:.2f}, min overlap {self.trace.least_overlap:.2f}"
+            )
+        elif isinstance(self.trace, IslandTrace):
+            evidence = (
+                f"  {self.num_rays} islands of {int(self.trace.num_particles)} particles in all, "
+                f"{len(self.trace.betas)} levels: log weights scatter by {self.trace.scatter:.2f}, "
+                f"{self.evaluations} gradients"
             )
         elif isinstance(self.trace, SpectrumTrace):
             low, high = (float(x) for x in self.trace.bracket)

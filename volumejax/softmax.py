@@ -73,7 +73,7 @@ def is_wrong(logits: Logits, anchor_logits: Logits | None, labels: Labels) -> Na
     del anchor_logits
     # argmax and the comparison would turn a NaN logit or an illegal label into an ordinary error.
     suspect = jnp.isnan(jnp.max(logits, axis=-1)) | jnp.isnan(_at_label(logits, labels))
-    wrong = (jnp.argmax(logits, axis=-1) != labels).astype(jnp.float32)
+    wrong = (jax.lax.argmax(logits, logits.ndim - 1, jnp.int32) != labels).astype(jnp.float32)
     return jnp.where(suspect, jnp.nan, wrong)
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from volumejax import tree
 from volumejax.tree import is_traced
 
-__all__ = ["check_deterministic", "check_question"]
+__all__ = ["check_deterministic", "check_question", "check_region"]
 
 
 def check_question(cost: Callable[[PyTree], Float[Array, ""]], params: PyTree, prior: Any, cutoff: ArrayLike) -> PyTree:
@@ -24,6 +24,18 @@ def check_question(cost: Callable[[PyTree], Float[Array, ""]], params: PyTree, p
     Raises:
         ValueError: naming the thing and the remedy.
     """
+    params = check_region(cost, params, prior, cutoff)
+    if not is_traced((cost, params, cutoff)):
+        _check_anchor(cost, params, float(np.asarray(cutoff)))
+    return params
+
+
+def check_region(cost: Callable[[PyTree], Float[Array, ""]], params: PyTree, prior: Any, cutoff: ArrayLike) -> PyTree:
+    """Return `params` as JAX arrays, once the region and the prior are known to make sense for parameters like these.
+
+    Raises:
+        ValueError: as for `check_question`, whatever the cost of `params`.
+    """
     tree.check_floating(params, "params")
     _check_finite(params)
     params = jax.tree.map(jnp.asarray, params)
@@ -33,8 +45,6 @@ def check_question(cost: Callable[[PyTree], Float[Array, ""]], params: PyTree, p
     if not is_traced(cutoff) and not (float(np.asarray(cutoff)) > 0.0 and np.isfinite(float(np.asarray(cutoff)))):
         raise ValueError(f"cutoff must be a positive, finite number of nats, got {cutoff}")
     _check_scalar(cost, params)
-    if not is_traced((cost, params, cutoff)):
-        _check_anchor(cost, params, float(np.asarray(cutoff)))
     return params
 
 
