@@ -120,6 +120,25 @@ def make_tether(make_row):
 
 
 @pytest.fixture
+def make_particles(make_row):
+    """A row that particles from the prior made, with their arrays."""
+
+    def make(label="from the prior", **values):
+        row = make_row(label, "particles", [-600.0] * 16, settled=True)
+        scalars = {
+            "std_error": 0.7, "lower": -601.23, "gradients": 64_000, "num_particles": 64, "num_islands": 16,
+            "progress": 1.0, "noise": math.nan, "region": "global", "status": "ok",
+        }  # fmt: skip
+        arrays = {name: np.full(9, 0.8) for name in ("mean_cost", "ess", "acceptance")}
+        arrays |= {"betas": np.linspace(0.0, 80.0, 9), "log_weights": np.linspace(-601.0, -599.0, 16)}
+        arrays |= {"prior_costs": np.geomspace(0.2, 5.0, 64), "curve_cutoffs": np.geomspace(1e-2, 2.0, 9)}
+        arrays |= {"curve_log_mass": np.linspace(-600, -1, 9), "curve_std_error": np.linspace(5.0, 0.1, 9)}
+        return row.model_copy(update={"estimate": {**row.estimate, **scalars, **values}, "rays": {}, "chains": arrays})
+
+    return make
+
+
+@pytest.fixture
 def make_run():
     """A run made of rows."""
 

@@ -35,7 +35,7 @@ LAYERS = [
     ["config_errors", "check", "records"],
     ["config", "table"],
     ["experiment", "plots"],
-    ["chain_plots", "learning_plots", "learning_series", "series", "series_plots"],
+    ["chain_plots", "particle_plots", "learning_plots", "learning_series", "series", "series_plots"],
     ["report", "terminal"],
     ["cli"],
     ["__main__"],

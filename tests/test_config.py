@@ -231,6 +231,37 @@ def test_the_shipped_experiment():
     assert [entry.region for entry in config.tethers] == ["connected"]
     chains = load_config(Path(__file__).parents[1] / "configs" / "digits_tether.yaml")
     assert [(entry.region, entry.effort) for entry in chains.tethers] == [("star", 1), ("connected", 1)]
+    everywhere = load_config(Path(__file__).parents[1] / "configs" / "digits_global.yaml")
+    assert everywhere.cost == "loss" and len(everywhere.tethers) == 2
+    assert [entry.name for entry in everywhere.particles] == ["from the prior"]
+
+
+PARTICLES = "particles: [{num_particles: 64, num_islands: 8}]\n"
+
+
+def test_particles_are_read_and_cut_down_for_a_quick_run():
+    config = parse_config(GOOD + PARTICLES)
+    assert (config.particles[0].num_particles, config.particles[0].effort) == (64, 1.0)
+    assert config.cost == "kl"
+    (few,) = quick(config).particles
+    assert few.num_particles <= 16 and few.num_islands >= 4 and few.effort < 0.1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("particles: [{num_particles: 10, num_islands: 8}]\n", "at least twice num_islands"),
+        ("particles: [{num_islands: 2}]\n", "num_islands"),
+        ("particles: [{}, {}]\n", "two particles are called 'from the prior'"),
+        ("particles: [{effort: 0}]\n", "effort"),
+        ("cost: error\n", "cost"),
+        ("cutoffs: [1e-3]\n" + PARTICLES, "go without tethers, particles"),
+    ],
+)
+def test_particles_that_make_no_sense_are_refused(text, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_config(GOOD + text)
+    assert "\n" not in str(caught.value)
 
 
 KEYS = st.sampled_from([*Config.model_fields, "kind", "sigma", "damping", "beta", "recorded", "region"]) | st.text(

@@ -118,3 +118,15 @@ class TestEightDevices:
         assert abs(many.log_mass - one.log_mass) <= 4.0 * np.hypot(many.std_error, one.std_error)
         indices = jnp.arange(COUNT, dtype=jnp.int32)
         assert len(jax.jit(lambda i: spread(i, mesh))(indices).sharding.device_set) == COUNT
+
+    def test_islands_are_spread_and_say_the_same(self):
+        def measure_islands(mesh=None):
+            return vj.temper_volume(
+                jax.random.key(3), cost, vj.Gaussian(1.0), PARAMS,
+                cutoff=0.5, num_particles=40, num_islands=10, effort=0.3, mesh=mesh,
+            )  # fmt: skip
+
+        many, one = measure_islands(make_mesh((COUNT,), ("rays",))), measure_islands()
+        assert len(many.trace.log_weights) == 10, "which eight devices do not divide"
+        assert abs(many.log_mass - one.log_mass) <= 4.0 * np.hypot(many.std_error, one.std_error)
+        np.testing.assert_allclose(many.trace.betas[:4], one.trace.betas[:4], rtol=1e-3)

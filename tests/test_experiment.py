@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import volumejax as vj
 from volumejax import experiment
 from volumejax.behaviours import kl_to_anchor
 from volumejax.chains import ChainTrace, Curve
@@ -118,6 +119,40 @@ def chained(estimate, share, lower):
     )
     curve = Curve(np.ones(4), np.full(4, 2.0), np.full(4, 3.0)) if share == 1.0 else None
     return dataclasses.replace(estimate, trace=trace, lower=jnp.asarray(lower), curve=curve)
+
+
+@pytest.mark.parametrize("stop", [None, 0, 1])
+def test_particles_make_a_row_and_an_interrupt_keeps_their_islands(stop, tiny_task, monkeypatch):
+    calls = []
+
+    def stream(key, cost, prior, like, *, on_progress, **settings):
+        calls.append({"cost": cost, "prior": prior, "like": like, **settings})
+        estimate = vj.temper_volume(
+            key, lambda w: jnp.sum(w["w"] ** 2), vj.Gaussian(1.0), like, cutoff=9.0, num_particles=8, num_islands=4
+        )
+        for number in range(3):
+            on_progress("pilot" if number == 0 else "islands", number / 2)
+            if number == stop:
+                raise KeyboardInterrupt
+            yield estimate
+
+    monkeypatch.setattr(experiment, "temper_stream", stream)
+    text = (
+        CONFIG[: CONFIG.index("proposals:")]
+        + "cost: loss\nparticles: [{effort: 0.5, num_particles: 8, num_islands: 4}]\n"
+    )
+    setting, rows, seen = run(parse_config(text.replace("1e-2", "9")))
+    assert calls[0]["effort"] == 0.5 and calls[0]["num_particles"] == 8 and calls[0]["num_islands"] == 4
+    assert calls[0]["cost"] is setting.task.cost and calls[0]["cost"] is not tiny_task.cost
+    assert calls[0]["anchor"] is tiny_task.params and setting.facts()["cost"] == "loss"
+    if stop == 0:
+        assert rows == []
+        return
+    (row,) = rows
+    assert row.complete == (stop is None) and row.from_particles and not row.from_rays
+    assert {"curve_cutoffs", "prior_costs", "betas"} <= row.chains.keys()
+    shares = [progress.done for progress in seen if progress.unit == "%"]
+    assert shares == sorted(shares) and (shares[-1] == 100) == (stop is None)
 
 
 def test_rows_follow_the_configuration(tiny_task, fake_stream):

@@ -197,3 +197,14 @@ def test_the_tether_has_its_own_colour_by_day_and_by_night(chain_html):
     assert "var(--tether)" in drawings
     for code in (plots.INK, plots.PAPER, *plots.COLOURS.values()):
         assert code not in drawings
+
+
+def test_particles_are_drawn_and_explained(make_run, make_particles, make_tether, tmp_path):
+    task = {"dimension": 4810, "sigma": 0.2, "cost": "loss", "anchor_cost": 0.0107}
+    run = make_run(make_tether("tether, connected"), make_particles(), task=task)
+    html = report.publish(tmp_path, run).read_text(encoding="utf-8")
+    assert (tmp_path / "figures" / "guessing.png").stat().st_size > 1000
+    assert "mean training loss of at most 0.01 nats; the trained network has 0.0107" in html
+    assert "Particles come from the prior" in html and "gradients per chain or particle" in html.lower()
+    assert "KL divergence" not in html and "var(--particles)" in html
+    assert re.search(r"--particles:\s*#", html), "its own colour by day and by night"

@@ -121,7 +121,8 @@ def _run(arguments: argparse.Namespace) -> int:
                 from volumejax.experiment import prepare, run_experiment
 
                 setting = prepare(config, reporter)
-                rows, wanted = run_experiment(setting, reporter), len(config.proposals) + len(config.tethers)
+                rows = run_experiment(setting, reporter)
+                wanted = len(config.proposals) + len(config.tethers) + len(config.particles)
             facts = {
                 "task": setting.facts(),
                 "versions": records.describe_versions(),
@@ -170,6 +171,8 @@ def _plan(config: "AnyConfig") -> str:
     if config.tethers:
         efforts = ", ".join(f"{effort:g}" for effort in sorted({entry.effort for entry in config.tethers}))
         parts.append(f"{_counted(len(config.tethers), 'tether')}, effort {efforts}")
+    if config.particles:
+        parts.append(f"{_counted(len(config.particles), 'row')} of particles from the prior")
     return "; ".join(parts)
 
 

@@ -39,7 +39,7 @@ __all__ = [
     "quick",
 ]
 
-QUICK_RAYS, QUICK_EFFORT, QUICK_CHAINS, QUICK_DRAWS = 48, 0.01, 8, 64
+QUICK_RAYS, QUICK_EFFORT, QUICK_CHAINS, QUICK_DRAWS, QUICK_PARTICLES = 48, 0.01, 8, 64, 16
 
 
 def _number_or_word(value: Any) -> str:
@@ -202,8 +202,30 @@ class Tether(_Model):
         return self.label if self.label is not None else f"tether, {self.region}"
 
 
+class Particles(_Model):
+    """Particles annealed from the prior: the mass of the region wherever it lies."""
+
+    effort: Annotated[PositiveFloat, Field(le=1000)] = Field(default=1.0, examples=["effort: 1"])
+    num_particles: Annotated[int, Field(ge=8, le=2**24)] | None = None
+    num_islands: Annotated[int, Field(ge=4, le=2**16)] = 16
+    label: Label | None = None
+
+    @model_validator(mode="after")
+    def _peopled(self) -> "Particles":
+        if self.num_particles is not None and self.num_particles < 2 * self.num_islands:
+            raise PydanticCustomError(
+                "particles", "num_particles must be at least twice num_islands; raise it or lower num_islands"
+            )
+        return self
+
+    @property
+    def name(self) -> str:
+        """The label, or a description built from the settings."""
+        return self.label if self.label is not None else "from the prior"
+
+
 class Config(_Model):
-    """One experiment: a task, a prior, a cutoff in nats, and the ray proposals and tethers to compare.
+    """One experiment: a task, a prior, a cutoff in nats, and the ray proposals, tethers and particles to compare.
 
     With ``checkpoints`` the same question is asked of the network at so many log-spaced steps of its training, with
     ``cutoffs`` at each of them: a series.
@@ -212,6 +234,7 @@ class Config(_Model):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$", examples=["name: my_experiment"])]
     task: DigitsTask = Field(examples=["task: {kind: digits}"])
     prior: GaussianPrior = Field(examples=["prior: {kind: gaussian, sigma: 1.0}"])
+    cost: Literal["kl", "loss"] = "kl"
     cutoff: PositiveFloat = Field(examples=["cutoff: 1e-2"])
     tolerance: PositiveFloat = 0.1
     seed: Seed = 0
@@ -220,6 +243,7 @@ class Config(_Model):
     audit_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
     proposals: Annotated[tuple[Proposal, ...], Field(strict=False)] = ()
     tethers: Annotated[tuple[Tether, ...], Field(strict=False)] = ()
+    particles: Annotated[tuple[Particles, ...], Field(strict=False)] = ()
     checkpoints: Annotated[int, Field(ge=2, le=64)] | None = None
     cutoffs: Annotated[tuple[PositiveFloat, ...], Field(strict=False)] = ()
     output: Annotated[str, Field(min_length=1)] = "runs"
@@ -232,9 +256,11 @@ class Config(_Model):
 
     @model_validator(mode="after")
     def _no_tether_in_a_series(self) -> "Config":
-        if self.is_series and self.tethers:
+        if self.is_series and (self.tethers or self.particles or self.cost != "kl"):
             raise PydanticCustomError(
-                "series", "checkpoints, cutoffs and tuned proposals go without tethers; give those a file of their own"
+                "series",
+                "checkpoints, cutoffs and tuned proposals go without tethers, particles and `cost: loss`; give those a "
+                "file of their own",
             )
         if len(set(self.cutoffs)) < len(self.cutoffs):
             raise PydanticCustomError("cutoffs", "cutoffs holds a number twice; remove one of them")
@@ -242,7 +268,7 @@ class Config(_Model):
 
     @model_validator(mode="after")
     def _distinct_labels(self) -> "Config":
-        names = [_printable(entry.name) for entry in (*self.proposals, *self.tethers)]
+        names = [_printable(entry.name) for entry in (*self.proposals, *self.tethers, *self.particles)]
         if not names:
             raise PydanticCustomError(
                 "nothing",
@@ -258,7 +284,7 @@ class Config(_Model):
         return self
 
     def _what(self, name: str) -> str:
-        kinds = {"proposals": self.proposals, "tethers": self.tethers}
+        kinds = {"proposals": self.proposals, "tethers": self.tethers, "particles": self.particles}
         found = [what for what, entries in kinds.items() if any(entry.name == name for entry in entries)]
         return found[0] if len(found) == 1 else "entries"
 
@@ -324,6 +350,7 @@ _MODELS: dict[str, type[BaseModel]] = {
     "prior": GaussianPrior,
     "recorded": Recorded,
     "tethers": Tether,
+    "particles": Particles,
     "isotropic": IsotropicProposal,
     "adam": AdamProposal,
     "diagonal_ggn": DiagonalGGNProposal,
@@ -413,7 +440,11 @@ def quick(config: AnyConfig) -> AnyConfig:
         }
         return config.model_copy(update=few)
     tethers = tuple(entry.model_copy(update={"effort": min(entry.effort, QUICK_EFFORT)}) for entry in config.tethers)
-    return config.model_copy(update={"num_rays": min(config.num_rays, QUICK_RAYS), "tethers": tethers})
+    few = {"effort": QUICK_EFFORT, "num_particles": QUICK_PARTICLES, "num_islands": QUICK_PARTICLES // 4}
+    particles = tuple(entry.model_copy(update=few) for entry in config.particles)
+    return config.model_copy(
+        update={"num_rays": min(config.num_rays, QUICK_RAYS), "tethers": tethers, "particles": particles}
+    )
 
 
 def _short(number: float | None) -> str:

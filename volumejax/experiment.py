@@ -1,4 +1,4 @@
-"""From a configuration to rows: trains the anchor, builds prior and proposals, sends the rays, runs the chains."""
+"""From a configuration to rows: trains the anchor, builds prior and proposals, runs rays, chains and particles."""
 
 import contextlib
 import dataclasses
@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from volumejax import curvature, tree
+from volumejax.behaviours import loss
 from volumejax.chains import ChainTrace
 from volumejax.config import (
     AdamProposal,
@@ -18,18 +19,21 @@ from volumejax.config import (
     DenseGGNProposal,
     DiagonalGGNProposal,
     IsotropicProposal,
+    Particles,
     Tether,
     TunedProposal,
 )
+from volumejax.islands import IslandTrace
 from volumejax.low_rank import LowRankPrecision
 from volumejax.optax_moments import second_moments
 from volumejax.priors import Gaussian
 from volumejax.proposals import Dense, Diagonal
 from volumejax.rays import ray_stream
-from volumejax.records import TETHER, Row
+from volumejax.records import PARTICLES, TETHER, Row
 from volumejax.regions import Connected, Star
 from volumejax.results import VolumeEstimate
 from volumejax.tasks.digits import Task, digits_task
+from volumejax.temper import temper_stream
 from volumejax.tether import tether_stream
 from volumejax.tuning import curvature_proposal, damped_proposal
 
@@ -38,8 +42,8 @@ ProposalConfig = IsotropicProposal | AdamProposal | DiagonalGGNProposal | DenseG
 
 
 _REGIONS = {"star": Star(), "connected": Connected()}
-_PILOT_SHARE = 0.13
-"""Share of a tether's work that its pilot takes, about."""
+_PILOT_SHARE, _PARTICLES_PILOT = 0.13, 0.2
+"""Shares of a tether's and of the particles' work that their pilots take, about."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +98,8 @@ class Setting:
             "test_accuracy": self.task.test_accuracy,
             "rms": self.task.rms,
             "sigma": sigma_of(self.config, self.task),
+            "cost": self.config.cost,
+            "anchor_cost": float(self.task.cost(self.task.params)),
         }
 
 
@@ -113,6 +119,8 @@ def prepare(config: Config, on_progress: OnProgress) -> Setting:
     seconds: dict[str, float] = {}
     with stage("training", seconds, on_progress):
         task = digits_task(config.task.seed, num_epochs=config.task.num_epochs)
+        if config.cost == "loss":
+            task = dataclasses.replace(task, cost=loss(task.apply_fn, task.inputs, task.labels))
     prior = Gaussian(sigma_of(config, task))
     diagonal, dense = None, None
     with stage("curvature", seconds, on_progress):
@@ -174,6 +182,52 @@ def run_experiment(setting: Setting, on_progress: OnProgress) -> Iterator[Row]:
             yield row
         if row is None or not row.complete:
             return
+    for entry in config.particles:
+        row = _run_particles(entry, setting, on_progress)
+        if row is not None:
+            yield row
+        if row is None or not row.complete:
+            return
+
+
+def _run_particles(entry: Particles, setting: Setting, on_progress: OnProgress) -> Row | None:
+    """The row of particles from the prior; partial after Ctrl-C, None where no island was done by then."""
+    estimate, complete, began = None, False, time.perf_counter()
+
+    def listen(phase: str, share: float) -> None:
+        share = _PARTICLES_PILOT * share if phase == "pilot" else _PARTICLES_PILOT + (1 - _PARTICLES_PILOT) * share
+        seconds = time.perf_counter() - began
+        on_progress(Progress(entry.name, min(99, int(100 * share)), 100, seconds, estimate, "%", phase))
+
+    on_progress(Progress(entry.name, 0, 100, 0.0, None, "%", "pilot"))
+    try:
+        for latest in temper_stream(
+            jax.random.key(setting.config.seed),
+            setting.task.cost,
+            setting.prior,
+            setting.task.params,
+            cutoff=setting.config.cutoff,
+            anchor=setting.task.params,
+            effort=entry.effort,
+            num_particles=entry.num_particles,
+            num_islands=entry.num_islands,
+            on_progress=listen,
+        ):
+            estimate = latest
+        complete = True
+        on_progress(Progress(entry.name, 100, 100, time.perf_counter() - began, estimate, "%", "islands"))
+    except KeyboardInterrupt:
+        pass
+    if estimate is None:
+        return None
+    return Row(
+        label=entry.name,
+        kind=PARTICLES,
+        seconds=time.perf_counter() - began,
+        complete=complete,
+        estimate=estimate.to_dict(),
+        chains=_chain_arrays(estimate),
+    )
 
 
 def _run_chains(entry: Tether, setting: Setting, on_progress: OnProgress) -> Row | None:
@@ -230,7 +284,8 @@ def _progress(estimate: VolumeEstimate) -> float:
 
 def _chain_arrays(estimate: VolumeEstimate) -> dict[str, np.ndarray]:
     trace, curve = estimate.trace, estimate.curve
-    arrays = {name: values for name, (_, values) in trace.labelled().items()} if isinstance(trace, ChainTrace) else {}
+    labelled = trace.labelled() if isinstance(trace, ChainTrace | IslandTrace) else {}
+    arrays = {name: values for name, (_, values) in labelled.items()}
     if curve is not None:
         arrays |= {f"curve_{name}": np.asarray(values) for name, values in vars(curve).items()}
     return arrays

@@ -17,7 +17,7 @@ try:
 except ImportError as error:
     raise ImportError("figures need the run extra: pip install 'volumejax[run]'") from error
 
-from volumejax.records import TETHER, TUNED, Row, Run
+from volumejax.records import PARTICLES, TETHER, TUNED, Row, Run
 from volumejax.table import claim, is_bound, missed, number, plus_minus, shown
 
 INK, MUTED, RULE, PAPER = "#1f2328", "#59636e", "#d1d9e0", "#ffffff"
@@ -28,6 +28,7 @@ COLOURS = {
     "diagonal_ggn": "#d55e00",
     "dense_ggn": "#009e73",
     TETHER: "#cc79a7",
+    PARTICLES: "#56b4e9",
 }
 OTHER_COLOUR = "#e69f00"
 
@@ -64,7 +65,7 @@ def figures(run: Run) -> dict[str, Figure]:
     """
     if not run.rows:
         raise ValueError("the run has no rows, so there is nothing to draw; let at least one chunk of rays finish")
-    rays = run.model_copy(update={"rows": tuple(row for row in run.rows if not row.from_chains)})
+    rays = run.model_copy(update={"rows": tuple(row for row in run.rows if row.from_rays)})
     with matplotlib.style.context(STYLE):
         drawn = {"summary": _summary(run)}
         return {**drawn, "log_mass": _log_mass(rays), "radius": _radius(rays)} if rays.rows else drawn
@@ -97,7 +98,7 @@ def colour(row: Row) -> str:
 
 
 def _summary(run: Run) -> Figure:
-    chained = any(row.from_chains for row in run.rows)
+    chained = any(not row.from_rays for row in run.rows)
     figure, axes = _stack(run, row_height=0.5, top=0.66 if chained else 0.5)
     for axis, row in zip(axes, run.rows, strict=True):
         value, shade = row.estimate, colour(row)
@@ -110,7 +111,7 @@ def _summary(run: Run) -> Figure:
             _arrow(axis, lower, shade)
         elif math.isfinite(centre):
             axis.errorbar([centre], [0.4], xerr=[[1.96 * error]] * 2, color=shade, marker="o", ms=5.5, capsize=3)
-            if row.from_chains and math.isfinite(lower):
+            if not row.from_rays and math.isfinite(lower):
                 axis.plot([lower, centre], [0.4, 0.4], color=shade, lw=1.0)
                 axis.plot([lower, lower], [0.12, 0.68], color=shade, lw=1.8)
         _published(axis, row, -0.15)

@@ -24,7 +24,9 @@ FORMAT = 2
 """What is written; 1, without chains, is read as well."""
 CONFIG_FILE, RESULT_FILE, RAYS_FILE = "config.yaml", "result.json", "rays.npz"
 TETHER = "tether"
-"""The `kind` of a row that chains made; any other but the next names a ray proposal."""
+"""The `kind` of a row that chains made; any other but the next two names a ray proposal."""
+PARTICLES = "particles"
+"""The `kind` of a row that particles from the prior made."""
 LEARNING = "learning"
 """The `kind` of a row that holds a learning coefficient and no volume."""
 TUNED = "tuned"
@@ -36,6 +38,7 @@ _NEEDED = {
         *("precision", "mean_square", "acceptance", "overlap", "log_weights"),
         *("betas", "energies", "energy_errors", "heat_capacities"),
     },
+    PARTICLES: {"log_weights", "betas", "mean_cost", "ess", "acceptance", "prior_costs", "curve_cutoffs"},
     LEARNING: {"costs_0"},
 }
 _RAYS_NEEDED = {"log_weight", "radius"}
@@ -77,6 +80,16 @@ class Row(BaseModel):
     def from_chains(self) -> bool:
         """Whether chains made this row's volume, and not rays."""
         return self.kind == TETHER
+
+    @property
+    def from_particles(self) -> bool:
+        """Whether particles from the prior made it."""
+        return self.kind == PARTICLES
+
+    @property
+    def from_rays(self) -> bool:
+        """Whether rays made it."""
+        return not (self.from_chains or self.from_particles or self.is_coefficient)
 
     @property
     def is_coefficient(self) -> bool:

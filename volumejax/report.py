@@ -14,13 +14,18 @@ try:
 except ImportError as error:
     raise ImportError("reports need the run extra: pip install 'volumejax[run]'") from error
 
-from volumejax import chain_plots, learning_plots, plots, series_plots
+from volumejax import chain_plots, learning_plots, particle_plots, plots, series_plots
 from volumejax.records import RecordError, Row, Run, write_file
 from volumejax.table import HEADERS, cells, filled, headline, notes, number
 
 REPORT_FILE, FIGURE_FOLDER = "report.html", "figures"
 
 CAPTIONS = {
+    "guessing": (
+        "The chance that a random draw from the prior is this good, over what counts as good. Crosses are draws from "
+        "the prior, counted; where none of them passes any more, particles say how it goes on, with a band of two "
+        "standard errors. Chains around the trained network, where there are any, see a part of the same region."
+    ),
     "coefficients": (
         "Above, learning coefficients as the chains find them over the exact values: on the line they agree. Crosses "
         "are half the numbers of parameters, what a regular minimum would have. Below, by how much the chains are off, "
@@ -137,7 +142,7 @@ def draw(run: Run) -> dict[str, Figure]:
         one = run.model_copy(update={"rows": headline(run)})
         return {**series, "summary": plots.figures(one)["summary"]}
     summary = plots.figures(run)
-    return {"summary": summary.pop("summary"), **chain_plots.figures(run), **summary}
+    return {"summary": summary.pop("summary"), **particle_plots.figures(run), **chain_plots.figures(run), **summary}
 
 
 def render_report(run: Run, drawings: dict[str, str]) -> str:
@@ -158,9 +163,10 @@ def render_report(run: Run, drawings: dict[str, str]) -> str:
         question=_question(run),
         headers=[getattr(HEADERS, name) for name in columns],
         rows=[_row(row, columns) for row in run.rows],
-        rays=any(not (row.from_chains or row.is_coefficient) for row in run.rows),
+        rays=any(row.from_rays for row in run.rows),
         coefficients=any(row.is_coefficient for row in run.rows),
         chains=any(row.from_chains for row in run.rows),
+        particles=any(row.from_particles for row in run.rows),
         notes=[_minus(note) for note in notes(run)],
         figures=[{"svg": inline_svg(svg, name), "caption": _caption(run, name)} for name, svg in drawings.items()],
         facts=_facts(run),
@@ -204,7 +210,7 @@ def _row(row: Row, columns: Sequence[str]) -> dict[str, Any]:
 def _caption(run: Run, name: str) -> str:
     if name == "summary" and len(headline(run)) < len(run.rows):
         return CAPTIONS["summary_of_series"].format(place=_where(headline(run)[0]))
-    chained = name == "summary" and any(row.from_chains for row in run.rows)
+    chained = name == "summary" and any(not row.from_rays for row in run.rows)
     return CAPTIONS["summary_with_chains" if chained else name]
 
 
@@ -232,7 +238,13 @@ def _question(run: Run) -> str:
     steps, cutoffs = ({row.position[name] for row in run.rows if name in row.position} for name in ("step", "cutoff"))
     network = "the network of the same step" if steps else "the trained network"
     limit = f"the row's cutoff, {min(cutoffs):g} to {max(cutoffs):g}" if len(cutoffs) > 1 else f"{run.cutoff:g}"
-    parts = [f"To behave alike is to differ by at most {limit} nats of mean KL divergence from {network}."]
+    if task.get("cost") == "loss":
+        parts = [
+            f"What counts is a mean training loss of at most {limit} nats; the trained network has "
+            f"{float(task.get('anchor_cost', math.nan)):.3g}."
+        ]
+    else:
+        parts = [f"To behave alike is to differ by at most {limit} nats of mean KL divergence from {network}."]
     if "dimension" in task and "sigma" in task:
         parts.append(
             f"It has {number(task['dimension'], 0)} parameters, and the prior draws each of them from "
@@ -250,7 +262,7 @@ def _question(run: Run) -> str:
             f"Of each log mass below, {share} due to the network's distance from the prior's mean; the rest is volume."
         )
     regions = {str(row.estimate["region"]) for row in run.rows if row.from_chains}
-    if any(not row.from_chains for row in run.rows):
+    if any(row.from_rays for row in run.rows):
         parts.append(
             "Rays see the star region, all that lies in a straight line of sight from the network; "
             "the full region can only be larger."
@@ -266,6 +278,11 @@ def _question(run: Run) -> str:
         parts.append(
             "The connected region is all that can be reached without leaving it, round corners too, "
             "so it can only be larger than the star."
+        )
+    if any(row.from_particles for row in run.rows):
+        parts.append(
+            "Particles come from the prior and find the region wherever it lies; all of it can only be larger than "
+            "what is connected to the trained network."
         )
     return _minus(" ".join(parts))
 

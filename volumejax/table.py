@@ -67,6 +67,15 @@ def cells(row: Row) -> Cells:
             evaluations=number(value["gradients"], 0),
             seconds=number(row.seconds, 1),
         )
+    if row.from_particles:
+        return Cells(
+            method=row.label if row.complete else f"{row.label} (partial, {100 * float(value['progress']):.0f} %)",
+            log_mass=claim(value).replace(", ", "\n"),
+            lower=lower,
+            log_mean=number(value["log_mass"], 1) if is_bound(value) else "",
+            evaluations=number(float(value["gradients"]) / float(value["num_particles"]), 0),
+            seconds=number(row.seconds, 1),
+        )
     rays = max(1, int(value["num_rays"]))
     return Cells(
         method=row.label if row.complete else f"{row.label} (partial, {rays} rays)",
@@ -144,7 +153,7 @@ def notes(run: Run) -> list[str]:
     """What a reader must know before quoting a number, with remedies; one short paragraph each."""
     if any(row.is_coefficient for row in run.rows):
         return _coefficient_notes(run)
-    rays = [row for row in run.rows if not row.from_chains]
+    rays = [row for row in run.rows if row.from_rays]
     bounds = sum(is_bound(row.estimate) for row in rays)
     lines = []
     if bounds:
@@ -244,7 +253,7 @@ def missed(run: Run) -> list[tuple[Row, Row, float]]:
 
     Only rows of chains that show more than the best rays. An estimate shows its value, anything else its bound.
     """
-    rays = [row for row in run.rows if not row.from_chains and math.isfinite(shown(row))]
+    rays = [row for row in run.rows if row.from_rays and math.isfinite(shown(row))]
     if not rays:
         return []
     best = max(rays, key=shown)
@@ -258,7 +267,7 @@ def shown(row: Row) -> float:
 
 
 def _chain_notes(run: Run) -> list[str]:
-    chains = [row for row in run.rows if row.from_chains]
+    chains = [row for row in run.rows if not row.from_rays]
     lines = [f"{row.label}: {row.estimate['status']}." for row in chains if row.estimate["status"] != "ok"]
     certified = [
         f"{row.label} ≥ {round_down(float(row.estimate['lower']), 1)}" for row in chains if not is_bound(row.estimate)
