@@ -48,17 +48,9 @@ def _guessing(rows: list[Row], cost: str) -> Figure:
         cutoffs, log_mass, error = (
             np.asarray(row.chains[f"curve_{name}"], np.float64) for name in ("cutoffs", "log_mass", "std_error")
         )
-        value, width = log_mass / math.log(10.0), 1.96 * error / math.log(10.0)
-        known = np.isfinite(value) & np.isfinite(error) & (error <= _KNOWN)
-        axis.fill_between(
-            cutoffs[known],
-            value[known] - width[known],
-            value[known] + width[known],
-            color=shade,
-            alpha=0.3,
-            lw=0,
-            zorder=1,
-        )
+        known = np.isfinite(log_mass) & np.isfinite(error) & (error <= _KNOWN)
+        value, width = log_mass / math.log(10.0), np.where(known, 1.96 * error, 0.0) / math.log(10.0)
+        axis.fill_between(cutoffs, value - width, value + width, where=known, color=shade, alpha=0.3, lw=0, zorder=1)
         dash = ":" if "star" in row.label else "-"
         axis.plot(cutoffs, value, color=shade, lw=1.6, ls=dash, zorder=2)
         axis.plot(cutoffs[~known], value[~known], "o", color=shade, mfc=PAPER, ms=4, mew=1.0, zorder=3)
@@ -66,7 +58,7 @@ def _guessing(rows: list[Row], cost: str) -> Figure:
         entries.append(Line2D([], [], color=shade, lw=1.6, ls=dash, label=label))
         if row.from_particles:
             entries += _prior_draws(axis, row)
-    entries.append(Line2D([], [], color=MUTED, marker="o", mfc=PAPER, ms=4, lw=0, label=f"known to no {_KNOWN:g} nats"))
+    entries.append(Line2D([], [], color=MUTED, marker="o", mfc=PAPER, ms=4, lw=0, label=f"error above {_KNOWN:g} nats"))
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 3.0)))
     axis.xaxis.set_minor_locator(NullLocator())
