@@ -48,7 +48,7 @@ _ISLANDS, _PILOT_SHARE, _PILOT_LEAST = 16, 4, 32
 """Islands by default, of which part of them the pilot is made, and its particles at least."""
 _PARTICLES = (512, 2048)
 """Of all islands together by default, at least and at most."""
-_NUMBERS = 2**16
+_NUMBERS = 2**18
 """Numbers of the parameters of all particles that move at once."""
 _STEPS, _PER_STEP = (5, 32), 250
 """Mean leapfrog steps of a trajectory at least and at most, and parameters for each of them: of many directions the
