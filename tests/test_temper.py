@@ -169,6 +169,53 @@ def test_draws_without_a_cost_count_as_outside():
     assert "NaN or infinite cost" in estimate.status
 
 
+def test_an_error_rate_of_exactly_the_cutoff_passes():
+    # 0.2 in float32 exceeds 0.2: two wrong signs of ten must count.
+    def errors(w):
+        return jnp.mean((w > 0.0).astype(jnp.float32))
+
+    for seed in SEEDS:
+        estimate = vj.temper_volume(
+            jax.random.key(seed), errors, vj.Gaussian(1.0), jnp.zeros(10), cutoff=0.2, num_particles=1024
+        )
+        truth = np.log(56 / 1024)
+        assert abs(estimate.log_mass - truth) <= 4.0 * estimate.std_error
+        assert estimate.std_error <= 0.2
+
+
+def test_a_narrow_prior_far_from_zero_is_drawn_as_it_is():
+    offset = jnp.float32(4096.0)
+
+    def cost(w):
+        return 0.5 * jnp.sum(((w - offset) / 0.01) ** 2)
+
+    box = vj.UniformBox(4096.0 - 0.02, 4096.0 + 0.02)
+    estimate = vj.temper_volume(jax.random.key(0), cost, box, jnp.zeros(1), cutoff=0.5, num_particles=256)
+    # Parameters round to 1/2048: the draws lie on 41 points or so, which are those of the prior itself.
+    assert abs(estimate.log_mass - np.log(0.5)) < 0.2
+    assert np.all(np.isfinite(trace_of(estimate).acceptance)) and trace_of(estimate).acceptance.min() > 0.3
+
+
+def test_minus_infinity_is_no_cost():
+    def cost(w):
+        return jnp.where(w[0] > 0.0, w[1] ** 2, -jnp.inf)
+
+    estimate = vj.temper_volume(jax.random.key(0), cost, vj.Gaussian(1.0), jnp.zeros(2), cutoff=0.5, num_particles=256)
+    assert np.log(0.5) - 1.5 < estimate.log_mass < np.log(0.5)
+    assert 0.3 < float(trace_of(estimate).non_finite) < 0.7
+
+
+def test_three_islands_are_no_estimate():
+    problem = reference.quadratic(np.ones(3), cutoff=1e-2)
+    first = next(
+        vj.temper_stream(
+            jax.random.key(0), problem.cost, problem.prior, problem.params, cutoff=0.01, num_particles=96, batch_size=3
+        )
+    )
+    assert first.num_rays == 3 and first.kind == Kind.LOWER_BOUND
+    assert "too few islands" in first.status
+
+
 def test_islands_at_once_do_not_change_the_answer():
     problem = reference.quadratic(np.ones(3), cutoff=1e-2)
     one, other = (measure(problem, num_particles=96, num_islands=6, batch_size=size) for size in (6, 4))
@@ -222,6 +269,8 @@ def ball(w):
     ("options", "message"),
     [
         ({"prior": vj.Lebesgue()}, "needs a proper prior"),
+        ({"prior": None}, "prior must be one such as"),
+        ({"prior": vj.Gaussian}, "prior must be one such as"),
         ({"cutoff": -1.0}, "cutoff must be a positive"),
         ({"effort": 0.0}, "effort must be a positive"),
         ({"num_islands": 2}, "num_islands must be at least 4"),

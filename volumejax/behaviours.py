@@ -191,7 +191,7 @@ def error_rate(
 ) -> Behaviour:
     """Return the fraction of positions whose largest logit is not the label's (ties: the first class wins).
 
-    It is piecewise constant: its gradient is zero, so only estimators without gradients can use it.
+    It is piecewise constant: its gradient is zero, so only rays and particles from the prior can use it.
 
     Args:
         apply_fn: `apply_fn(params, inputs) -> logits`, as for `kl_to_anchor`.

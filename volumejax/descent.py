@@ -148,7 +148,9 @@ def reduced(course: Course, prior_costs: Vector, visits: Visit) -> Seen:
         joined = logsumexp(log_masses, axis=1) - np.log(course.useful.sum(axis=1))[:, None]
     costs = np.concatenate([prior_costs[None], visits.cost])
     present = np.isfinite(costs)
-    means = np.sum(np.where(present, costs, 0.0), axis=2) / np.maximum(present.sum(axis=2), 1)
+    shares = np.concatenate([np.zeros((1, *prior_costs.shape)), visits.log_weight])
+    shares = np.where(present, np.exp(shares - np.max(shares, axis=2, keepdims=True, initial=-1e300)), 0.0)
+    means = np.sum(shares * np.where(present, costs, 0.0), axis=2) / np.maximum(np.sum(shares, axis=2), 1e-300)
     ones = np.ones((islands, 1))
     return Seen(
         log_masses=joined.T,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
+from scipy.stats import beta as beta_distribution
 
 __all__ = [
     "ChainMean",
@@ -15,6 +16,7 @@ __all__ = [
     "chain_mean",
     "effective_sample_size",
     "log_mean_error",
+    "log_share_upper",
     "pareto_k",
     "pareto_k_limit",
     "skewed_mean_error",
@@ -187,6 +189,18 @@ def certified_lower(log_weights: Float[Array | np.ndarray, "rays"], probability:
             log_means = safe + jnp.log(sums) - jnp.log(counts)
             bounds.append(jnp.mean(log_means) - penalty / blocks)
         return jnp.max(jnp.stack(bounds))
+
+
+def log_share_upper(passing: int, draws: int, probability: float = 0.05) -> float:
+    """Return the log of Clopper and Pearson's upper limit for a share, which fails with at most `probability`.
+
+    Example:
+        >>> round(log_share_upper(0, 300), 2)  # log of about 3/300
+        -4.61
+    """
+    if passing == draws:
+        return 0.0
+    return float(np.log(beta_distribution.ppf(1.0 - probability, passing + 1, draws - passing)))
 
 
 def _relative(log_weights: Array | np.ndarray) -> Array:

@@ -24,6 +24,10 @@ from volumejax.tree import wide
 __all__ = ["Ball", "Frame", "Walls", "frame_of"]
 
 
+_LEAST_UNIT = 1e-3
+"""Of the prior's own width: an anchor nearer than that to zero does not set the unit."""
+
+
 class Walls(eqx.Module):
     """A box in whitened coordinates; leaves like the parameters, float32."""
 
@@ -108,6 +112,29 @@ class Frame(eqx.Module):
         z = jax.tree.map(lambda z: z / jnp.sqrt(a), tree.normal_like(key, self.anchor))
         return z if self.pull is None else jax.tree.map(lambda z, b: z - b / a, z, self.pull)
 
+    def draw_prior(self, key: Key[Array, ""]) -> PyTree:
+        """Draw δ from a proper prior; float32, so that a prior far from zero loses nothing to rounding."""
+        if self.stiffness > 0.0:
+            with jax.enable_x64(True):
+                one = jnp.ones((), jnp.float64)
+            return self.draw_reference(key, one)
+        leaves, treedef = jax.tree.flatten(self.anchor)
+        if self.walls is not None:
+            draws = [jax.random.uniform(jax.random.fold_in(key, i), x.shape, jnp.float32) for i, x in enumerate(leaves)]
+            return jax.tree.map(
+                lambda u, low, high: jnp.clip(low + (high - low) * u, low, high),
+                jax.tree.unflatten(treedef, draws),
+                self.walls.low,
+                self.walls.high,
+            )
+        if self.ball is None:
+            raise ValueError("a flat prior without an end cannot be drawn from; use vj.UniformBox or vj.UniformBall")
+        z = tree.normal_like(key, self.anchor)
+        u = jax.random.uniform(jax.random.fold_in(key, len(leaves)))
+        with jax.enable_x64(True):
+            length = wide(self.ball.radius) * wide(u) ** (1.0 / tree.size(self.anchor)) / jnp.sqrt(tree.dot(z, z))
+            return jax.tree.map(lambda z, c: (length * wide(z) - wide(c)).astype(jnp.float32), z, self.ball.centre)
+
 
 def frame_of(prior: Any, params: PyTree) -> Frame:
     """Return the frame of `prior` at the anchor `params`.
@@ -135,12 +162,14 @@ def frame_of(prior: Any, params: PyTree) -> Frame:
             low, high = prior.bounds(params)
             widths = jax.tree.map(lambda a, b, x: jnp.sum((wide(b) - wide(a)) + 0.0 * wide(x)), low, high, params)
             mean_width = jax.tree.reduce(jnp.add, widths) / tree.size(params)
-            scale = _same(jnp.where(unit > 0.0, unit, mean_width / np.sqrt(12.0)), params)
+            width = mean_width / np.sqrt(12.0)
+            scale = _same(jnp.where(unit > _LEAST_UNIT * width, unit, width), params)
             walls = Walls(*(_whitened(bound, params, scale) for bound in (low, high)))
             return Frame(params, scale, None, log_density + _log_units(scale, params), 0.0, walls=walls)
         if isinstance(prior, UniformBall):
             radius = wide(prior.radius)
-            scale = _same(jnp.where(unit > 0.0, unit, radius / np.sqrt(tree.size(params))), params)
+            width = radius / np.sqrt(tree.size(params))
+            scale = _same(jnp.where(unit > _LEAST_UNIT * width, unit, width), params)
             centre = jax.tree.map(lambda o, s: (o / wide(s)).astype(jnp.float32), prior.offset(params), scale)
             ball = Ball(centre, (radius / wide(jax.tree.leaves(scale)[0])).astype(jnp.float32))
             return Frame(params, scale, None, log_density + _log_units(scale, params), 0.0, ball=ball)

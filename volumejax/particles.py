@@ -69,16 +69,14 @@ class Visit(NamedTuple):
 
 @eqx.filter_jit
 def populate(
-    ensemble: Ensemble, prior: Any, key: Key[Array, ""], islands: Int[Array, "islands"], count: int, batch_size: int,
+    ensemble: Ensemble, key: Key[Array, ""], islands: Int[Array, "islands"], count: int, batch_size: int,
     mesh: Mesh | None,
 ) -> Swarm:  # fmt: skip
     """Draw `count` particles for each island from the prior; the one of an island's key and its own number."""
-    like = jax.tree.map(lambda x: x.astype(jnp.float32), ensemble.frame.anchor)
     particles = jnp.arange(count, dtype=jnp.int32)
 
     def one(island: Array, particle: Array) -> Position:
-        drawn = prior.sample(jax.random.fold_in(jax.random.fold_in(key, island), particle), like)
-        displacement = jax.tree.map(lambda x, m, s: (x - m) / s, drawn, like, ensemble.frame.scale)
+        displacement = ensemble.frame.draw_prior(jax.random.fold_in(jax.random.fold_in(key, island), particle))
         with jax.enable_x64(True):
             cost = _outside(ensemble.value(displacement))
             return Position(displacement, cost, cost, ensemble.no_virials)
@@ -200,8 +198,8 @@ def _visit(
 
 
 def _outside(cost: Array) -> Array:
-    """Return the cost with +inf for NaN."""
-    return jnp.where(jnp.isnan(cost), jnp.inf, cost)
+    """Return the cost with +inf for what is none."""
+    return jnp.where(jnp.isfinite(cost), cost, jnp.inf)
 
 
 def _reduced(log_weight: Array) -> tuple[Array, Array, Array]:
@@ -218,7 +216,8 @@ def _systematic(weights: Array, lot: Array) -> Int[Array, "particles"]:
     """Draw as many indices as there are weights, each in proportion to its own, from one uniform number."""
     count = weights.shape[0]
     edges = jnp.cumsum(weights)
-    ticks = (jnp.arange(count, dtype=jnp.float64) + lot.astype(jnp.float64)) * (edges[-1] / count)
+    # Half a step of the generator keeps the lot off zero, where the first particle would be drawn whatever its weight.
+    ticks = (jnp.arange(count, dtype=jnp.float64) + lot.astype(jnp.float64) + 2.0**-24) * (edges[-1] / count)
     # An island that has died out keeps its particles: its weight is zero whatever they do.
     found = jnp.searchsorted(edges, ticks, side="right").astype(jnp.int32)
     return jnp.where(edges[-1] > 0.0, jnp.minimum(found, count - 1), jnp.arange(count, dtype=jnp.int32))

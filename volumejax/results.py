@@ -220,6 +220,8 @@ class VolumeEstimate(eqx.Module):
                 f"not converged: the islands' log weights scatter by {trace.scatter:.2f} nats; only `lower` may be "
                 "quoted; raise effort or num_particles"
             )
+        elif kind is Kind.LOWER_BOUND:
+            remarks.append("a lower bound: too few islands are done for an error")
         return remarks + trace.remarks()
 
     def to_dict(self) -> dict[str, float | int | str]:

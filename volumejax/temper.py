@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,19 +22,19 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, PyTree
 from numpy.typing import NDArray
 from scipy.special import logsumexp
-from scipy.stats import beta as beta_distribution
 
 from volumejax import tree
 from volumejax.annealing import slopes
 from volumejax.chains import Curve
 from volumejax.descent import Course, Seen, Way, mean_cost, next_beta, reduced, share_done, share_inside, useful_levels
-from volumejax.diagnostics import certified_lower, effective_sample_size, skewed_mean_error
+from volumejax.diagnostics import certified_lower, effective_sample_size, log_share_upper, skewed_mean_error
 from volumejax.ensemble import Ensemble
 from volumejax.frames import frame_of
 from volumejax.islands import IslandTrace
 from volumejax.metric import Metric, fit_metric, plain_metric
 from volumejax.parallel import num_devices, require_threefry
 from volumejax.particles import MOST_LEVELS, Ladder, Swarm, Visit, descend, populate, table
+from volumejax.priors import Gaussian, Lebesgue, UniformBall, UniformBox
 from volumejax.regions import Connected
 from volumejax.results import BoundKind, Kind, VolumeEstimate
 from volumejax.validation import check_deterministic, check_question, check_region
@@ -44,8 +45,10 @@ Cost = Callable[[PyTree], Float[Array, ""]]
 Vector = NDArray[np.float64]
 OnProgress = Callable[[str, float], None]
 
-_ISLANDS, _PILOT_SHARE, _PILOT_LEAST = 16, 4, 32
-"""Islands by default, of which part of them the pilot is made, and its particles at least."""
+_ISLANDS, _LEAST_ISLANDS = 16, 4
+"""Islands by default, and as many as an error takes."""
+_PILOT_SHARE, _PILOT_LEAST = 4, 32
+"""Of which part of the islands the pilot is made, and its particles at least."""
 _PARTICLES = (512, 2048)
 """Of all islands together by default, at least and at most."""
 _NUMBERS = 2**18
@@ -74,8 +77,8 @@ _MOST, _COLDEST = 4096, 1e4
 """Levels, and βε per dimension, after which the cutoff counts as out of reach."""
 _CURVE = 17
 """Cutoffs of the curve, from the one asked for to what is typical of the prior."""
-_CONFIDENCE = 0.05
-_PILOT_KEY, _DRAW, _MOVE = range(3)
+_NUM_KEYS = 3
+_PILOT_KEY, _DRAW, _MOVE = range(_NUM_KEYS)
 
 
 def temper_volume(
@@ -210,18 +213,25 @@ def temper_stream(
     key = require_threefry(key)
     if not (math.isfinite(effort) and effort > 0.0):
         raise ValueError(f"effort must be a positive number, got {effort}")
-    if num_islands < 4:
-        raise ValueError(f"num_islands must be at least 4, got {num_islands}; their scatter is the error")
+    if num_islands < _LEAST_ISLANDS:
+        raise ValueError(
+            f"num_islands must be at least {_LEAST_ISLANDS}, got {num_islands}; their scatter is the error"
+        )
     if num_particles is not None and num_particles < 2 * num_islands:
         raise ValueError(f"num_particles must be at least two for each of {num_islands} islands, got {num_particles}")
     for name, count in (("num_steps", num_steps), ("batch_size", batch_size)):
         if count is not None and count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
-    if not prior.proper:
+    if isinstance(prior, Lebesgue):
         raise ValueError("the global mass needs a proper prior, got Lebesgue(); use vj.UniformBox or vj.UniformBall")
+    if not isinstance(prior, Gaussian | UniformBox | UniformBall):
+        raise ValueError(f"prior must be one such as vj.Gaussian(sigma=1.0), got {prior!r}")
     tree.check_floating(like, "like")
-    middle = check_region(cost, prior.middle(jax.tree.map(jnp.asarray, like)), prior, cutoff)
+    like = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    middle = check_region(cost, prior.middle(like), prior, cutoff)
     check_deterministic(cost, middle)
+    # In the cost's own precision: an error rate of 0.2 in float32 exceeds 0.2.
+    cutoff = max(float(cutoff), float(np.asarray(cutoff, eqx.filter_eval_shape(cost, middle).dtype)))
     if anchor is not None:
         if jax.tree.map(jnp.shape, anchor) != jax.tree.map(jnp.shape, like):
             raise ValueError("anchor and like must have the same structure and shapes; pass like=anchor")
@@ -245,7 +255,6 @@ def temper_stream(
     each = -(-num_particles // num_islands)
     run = _Run(
         ensemble=ensemble,
-        prior=prior,
         key=key,
         cutoff=float(cutoff),
         prior_term=math.nan if anchor is None else float(prior.anchor_term(anchor)),
@@ -290,7 +299,6 @@ class _Run:
     """One run: what is fixed."""
 
     ensemble: Ensemble
-    prior: Any
     key: Array
     cutoff: float
     prior_term: float
@@ -355,7 +363,9 @@ class _Run:
                 )
                 visits += 1
                 step = math.exp(log_step)
-                group, visit = self._descend(metric, jax.random.fold_in(key, visits), group, table(pair), 1, 1)
+                group, visit = self._descend(
+                    metric, jax.random.fold_in(key, _NUM_KEYS + visits), group, table(pair), 1, 1
+                )
                 gain = _GAIN if tuning == 0 else _FAST_GAIN
                 log_step = min(log_step + gain * (float(np.mean(visit.acceptance)) - _TARGET), _LONGEST)
             way.add(beta, step, stiffness, visit)
@@ -390,7 +400,7 @@ class _Run:
         """Draw the particles of these islands, in chunks of one size; what fills up the last one is dropped."""
         draws = jax.random.fold_in(key, _DRAW)
         numbers = [jnp.arange(first, first + self.chunk, dtype=jnp.int32) for first in islands[:: self.chunk]]
-        swarms = [populate(self.ensemble, self.prior, draws, n, self.particles, self.lanes, self.mesh) for n in numbers]
+        swarms = [populate(self.ensemble, draws, n, self.particles, self.lanes, self.mesh) for n in numbers]
         return _Group(islands, numbers, swarms)
 
     def _descend(
@@ -437,8 +447,8 @@ class _Run:
             log_mass=np.asarray(log_mass),
             std_error=np.asarray(errors[0]),
             lower=np.asarray(min(float(certified_lower(weights)), 0.0)),
-            upper=np.asarray(_log_upper(passing, len(prior_costs))),
-            kind=np.asarray(Kind.NOT_MIXED if trace.disagrees else Kind.ESTIMATE, np.int32),
+            upper=np.asarray(log_share_upper(passing, len(prior_costs))),
+            kind=np.asarray(_kind(trace), np.int32),
             bound_kind=np.asarray(BoundKind.CERTIFIED, np.int32),
             hysteresis=np.full(2, np.nan),
             prior_term=np.asarray(self.prior_term),
@@ -457,13 +467,11 @@ class _Run:
         )
 
 
-def _log_upper(passing: int, draws: int) -> float:
-    """Return the log of Clopper and Pearson's upper limit for a share, 95 % one-sided."""
-    return (
-        0.0
-        if passing == draws
-        else float(np.log(beta_distribution.ppf(1.0 - _CONFIDENCE, passing + 1, draws - passing)))
-    )
+def _kind(trace: IslandTrace) -> Kind:
+    """Return what may be claimed: of two or three islands the scatter is not known well enough for an error."""
+    if len(trace.log_weights) < _LEAST_ISLANDS:
+        return Kind.LOWER_BOUND
+    return Kind.NOT_MIXED if trace.disagrees else Kind.ESTIMATE
 
 
 def _divisor(count: int, most: int) -> int:
