@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
-from scipy.stats import beta as beta_distribution
+from scipy.special import betaincinv
 
 __all__ = [
     "ChainMean",
@@ -200,7 +200,7 @@ def log_share_upper(passing: int, draws: int, probability: float = 0.05) -> floa
     """
     if passing == draws:
         return 0.0
-    return float(np.log(beta_distribution.ppf(1.0 - probability, passing + 1, draws - passing)))
+    return float(np.log(betaincinv(passing + 1, draws - passing, 1.0 - probability)))
 
 
 def _relative(log_weights: Array | np.ndarray) -> Array:
