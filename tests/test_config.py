@@ -255,7 +255,8 @@ def test_particles_are_read_and_cut_down_for_a_quick_run():
         ("particles: [{}, {}]\n", "two particles are called 'from the prior'"),
         ("particles: [{effort: 0}]\n", "effort"),
         ("cost: error\n", "cost"),
-        ("cutoffs: [1e-3]\n" + PARTICLES, "go without tethers, particles"),
+        ("cutoffs: [1e-3]\n" + PARTICLES, "go without tethers and particles; give those a file of their own"),
+        ("cutoffs: [1e-3]\ncost: loss\n", "go without tethers and `cost: loss`; give those"),
     ],
 )
 def test_particles_that_make_no_sense_are_refused(text, message):

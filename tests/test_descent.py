@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from volumejax.descent import mean_cost, next_beta, share_done, share_inside, useful_levels
@@ -10,6 +10,7 @@ COSTS = st.lists(st.floats(0.0, 1e6), min_size=2, max_size=40).map(np.array)
 
 @settings(deadline=None)
 @given(COSTS, st.floats(0.0, 1e4), st.floats(0.01, 0.5))
+@example(np.array([2.0, 347455.0, 301652.5]), 4096.0, 0.015625)
 def test_weights_to_the_next_level_are_as_uneven_as_allowed(cost, beta, most):
     there = next_beta(beta, cost, np.zeros(len(cost)), most, 1.0)
     assert there > beta or np.ptp(cost) * (there - beta) <= 1e-6

@@ -255,12 +255,14 @@ class Config(_Model):
         return self.checkpoints is not None or bool(self.cutoffs) or tuned
 
     @model_validator(mode="after")
-    def _no_tether_in_a_series(self) -> "Config":
-        if self.is_series and (self.tethers or self.particles or self.cost != "kl"):
+    def _nothing_else_in_a_series(self) -> "Config":
+        alone = {"tethers": self.tethers, "particles": self.particles, "`cost: loss`": self.cost != "kl"}
+        found = [name for name, present in alone.items() if present]
+        if self.is_series and found:
             raise PydanticCustomError(
                 "series",
-                "checkpoints, cutoffs and tuned proposals go without tethers, particles and `cost: loss`; give those a "
-                "file of their own",
+                "checkpoints, cutoffs and tuned proposals go without {what}; give those a file of their own",
+                {"what": " and ".join(found)},
             )
         if len(set(self.cutoffs)) < len(self.cutoffs):
             raise PydanticCustomError("cutoffs", "cutoffs holds a number twice; remove one of them")

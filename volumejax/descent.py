@@ -91,7 +91,10 @@ def next_beta(beta: float, cost: Vector, log_weight: Vector, most: float, cutoff
     for _ in range(64):
         middle = 0.5 * (low + high)
         low, high = (middle, high) if unevenness(math.exp(middle)) <= most else (low, middle)
-    return beta + math.exp(low)
+    step = math.exp(low)
+    there = beta + step
+    # Beside a large β a short step is rounded, and upward would be further than is allowed.
+    return there if there - beta <= step else math.nextafter(there, beta)
 
 
 def mean_cost(cost: Vector, log_weight: Vector) -> float:
