@@ -339,8 +339,3 @@ def test_misuse_is_refused_with_a_remedy(options, words):
         vj.ray_volume(jax.random.key(0), ball, ANCHOR, UNIT, **{"cutoff": 0.5, **options})
     with pytest.raises(ValueError, match=words):
         vj.ray_stream(jax.random.key(0), ball, ANCHOR, UNIT, **{"cutoff": 0.5, **options})
-
-
-def test_a_number_is_no_prior():
-    with pytest.raises(ValueError, match=r"prior must be one such as Gaussian\(sigma=0.5\) or Lebesgue\(\), got float"):
-        vj.ray_volume(jax.random.key(0), ball, ANCHOR, 0.5, cutoff=0.5)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from volumejax.results import BoundKind, Kind, Status, VolumeEstimate, to_host
+from volumejax.results import BoundKind, Kind, Status, VolumeEstimate, last_estimate, to_host
 
 LOG_WEIGHTS = np.linspace(-101.0, -99.0, 40)
 
@@ -185,3 +185,16 @@ def test_host_leaves_keep_float64():
     host = to_host({"a": value, "b": jnp.ones(2)})
     assert isinstance(host["a"], np.ndarray) and host["a"] == 1.0 / 3.0 and host["a"].dtype == np.float64
     assert host["b"].dtype == np.float32
+
+
+def test_the_last_of_a_stream(settled, bound):
+    def stopped(*estimates):
+        yield from estimates
+        raise KeyboardInterrupt
+
+    assert last_estimate(iter([bound, settled])) is settled
+    assert last_estimate(stopped(settled, bound)) is bound
+    with pytest.raises(KeyboardInterrupt):
+        last_estimate(stopped())
+    with pytest.raises(RuntimeError, match="without an estimate"):
+        last_estimate(iter([]))

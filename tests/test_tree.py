@@ -1,7 +1,7 @@
 """A pytree as a vector, against float64 NumPy.
 
 Mutations these catch: products or scale rounded to float32, the sum in float32, one key for all leaves, the leaf's
-dtype lost, uniform draws for normal ones.
+dtype lost, uniform draws for normal ones, points of a ball crowded at its centre.
 """
 
 import math
@@ -158,6 +158,29 @@ def test_a_draw_depends_on_key_shape_and_position_alone():
         assert leaf.dtype == jnp.float32
         assert np.array_equal(leaf, other)
         assert np.array_equal(one, many[1])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_uniform_draws(seed):
+    """Mutations: one key for all leaves, the interval [−1, 1)."""
+    like = {"a": jnp.zeros((100, 500), jnp.bfloat16), "b": jnp.zeros(50_000)}
+    draw = tree.uniform_like(jax.random.key(seed), like)
+    assert jax.tree.map(jnp.shape, draw) == jax.tree.map(jnp.shape, like)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(draw))
+    assert stats.kstest(flat(draw), "uniform").statistic < 1.95 / math.sqrt(100_000)
+    assert abs(np.corrcoef(np.ravel(draw["a"]), draw["b"])[0, 1]) <= 4 / math.sqrt(50_000)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_draws_from_the_unit_ball(seed):
+    """Mutations: the surface alone, a radius that is uniform, the power of D + 1: |x|^D is uniform."""
+    like = {"a": jnp.zeros(2), "b": jnp.zeros(3)}
+    keys = jax.random.split(jax.random.key(seed), 4000)
+    direction, factor = jax.jit(jax.vmap(lambda key: tree.unit_ball_like(key, like)))(keys)
+    assert factor.dtype == jnp.float64
+    points = np.asarray(factor)[:, None] * np.concatenate([direction["a"], direction["b"]], axis=1)
+    assert stats.kstest(np.linalg.norm(points, axis=1) ** 5, "uniform").statistic < 1.95 / math.sqrt(4000)
+    assert np.all(np.abs(np.mean(points, axis=0)) <= 4 * np.std(points, axis=0) / math.sqrt(4000))
 
 
 def test_scalars_and_matching_trees_broadcast():

@@ -3,7 +3,7 @@
 One compiled program serves every pass: the ladder is a table of fixed length and the route through it is data.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -20,6 +20,8 @@ from volumejax.parallel import spread
 from volumejax.results import to_host
 
 __all__ = ["MOST_VISITS", "Record", "begin", "pad", "slopes", "travel"]
+
+Table = TypeVar("Table")
 
 MOST_VISITS = 32
 """Rungs visited in one call of the compiled program, at most."""
@@ -218,14 +220,14 @@ def slopes(ensemble: Ensemble, positions: Position, batch_size: int | None) -> l
     return jax.lax.map(one, positions.displacement, batch_size=batch_size or len(positions.cost))
 
 
-def pad(rungs: Rung) -> Rung:
-    """Return the table on the device, filled up with copies of the last rung to a length shared by many ladders."""
-    length = TABLE
-    while length <= len(rungs.precision):
+def pad(table: Table) -> Table:
+    """Return a table of rungs on the device, filled up with copies of the last to a length shared by many ladders."""
+    rungs, length = len(jax.tree.leaves(table)[0]), TABLE
+    while length <= rungs:
         length *= 2
     with jax.enable_x64(True):
         return jax.tree.map(
-            lambda x: jnp.asarray(np.concatenate([x, np.repeat(x[-1:], length - len(x), axis=0)])), rungs
+            lambda x: jnp.asarray(np.concatenate([x, np.repeat(x[-1:], length - rungs, axis=0)])), table
         )
 
 

@@ -70,13 +70,18 @@ class Seen(NamedTuple):
     """[islands, particles]."""
 
 
+def _relative(log_weight: Vector) -> Vector:
+    """Return weights over the largest of their row; zeros where there is none."""
+    return np.exp(log_weight - np.max(log_weight, axis=-1, keepdims=True, initial=-1e300))
+
+
 def next_beta(beta: float, cost: Vector, log_weight: Vector, most: float, cutoff: float) -> float:
     """Return the next inverse temperature, at which the weights have become as uneven as is allowed.
 
     Their relative variance is taken as it is and, since few particles do not show it, as for log-normal weights too.
     """
     # Draws whose cost is infinite are lost at the first step, however short.
-    own = np.where(np.isfinite(cost), np.exp(log_weight - log_weight.max()), 0.0)
+    own = np.where(np.isfinite(cost), _relative(log_weight), 0.0)
     excess = np.where(np.isfinite(cost), cost, cost.min()) - cost.min()
     variance = float(np.average((excess - np.average(excess, weights=own)) ** 2, weights=own))
 
@@ -99,13 +104,13 @@ def next_beta(beta: float, cost: Vector, log_weight: Vector, most: float, cutoff
 
 def mean_cost(cost: Vector, log_weight: Vector) -> float:
     """Return the weighted mean cost; draws without weight may have an infinite one."""
-    weight = np.exp(log_weight - log_weight.max())
+    weight = _relative(log_weight)
     return float(np.average(np.where(weight > 0.0, cost, 0.0), weights=weight))
 
 
 def share_inside(cost: Vector, log_weight: Vector, cutoff: float) -> float:
     """Return the weighted share of the particles within the cutoff."""
-    return float(np.average(cost <= cutoff, weights=np.exp(log_weight - log_weight.max())))
+    return float(np.average(cost <= cutoff, weights=_relative(log_weight)))
 
 
 def share_done(typical: float, mean: float, cutoff: float) -> float:
@@ -127,7 +132,7 @@ def useful_levels(
         for e, cutoff in enumerate(cutoffs):
             inside = cost <= cutoff
             x = (log_weight + betas[k] * np.where(inside, cost, 0.0))[inside]
-            w = np.exp(x - x.max()) if x.size else x
+            w = _relative(x)
             variance[e, k] = way[k] + (cost.size * np.sum(w**2) / np.sum(w) ** 2 - 1.0 if x.size else np.inf)
     return variance <= _USEFUL * variance.min(axis=1, keepdims=True)
 
@@ -152,7 +157,7 @@ def reduced(course: Course, prior_costs: Vector, visits: Visit) -> Seen:
     costs = np.concatenate([prior_costs[None], visits.cost])
     present = np.isfinite(costs)
     shares = np.concatenate([np.zeros((1, *prior_costs.shape)), visits.log_weight])
-    shares = np.where(present, np.exp(shares - np.max(shares, axis=2, keepdims=True, initial=-1e300)), 0.0)
+    shares = np.where(present, _relative(shares), 0.0)
     means = np.sum(shares * np.where(present, costs, 0.0), axis=2) / np.maximum(np.sum(shares, axis=2), 1e-300)
     ones = np.ones((islands, 1))
     return Seen(

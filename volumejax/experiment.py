@@ -176,14 +176,11 @@ def run_experiment(setting: Setting, on_progress: OnProgress) -> Iterator[Row]:
             return
         if estimate is not None:
             yield make_row(entry, estimate, time.perf_counter() - began, config.num_rays)
-    for entry in config.tethers:
-        row = _run_chains(entry, setting, on_progress)
-        if row is not None:
-            yield row
-        if row is None or not row.complete:
-            return
-    for entry in config.particles:
-        row = _run_particles(entry, setting, on_progress)
+    for entry in (*config.tethers, *config.particles):
+        if isinstance(entry, Tether):
+            row = _run_chains(entry, setting, on_progress)
+        else:
+            row = _run_particles(entry, setting, on_progress)
         if row is not None:
             yield row
         if row is None or not row.complete:
@@ -220,14 +217,7 @@ def _run_particles(entry: Particles, setting: Setting, on_progress: OnProgress) 
         pass
     if estimate is None:
         return None
-    return Row(
-        label=entry.name,
-        kind=PARTICLES,
-        seconds=time.perf_counter() - began,
-        complete=complete,
-        estimate=estimate.to_dict(),
-        chains=_chain_arrays(estimate),
-    )
+    return _chain_row(entry, PARTICLES, estimate, time.perf_counter() - began, complete)
 
 
 def _run_chains(entry: Tether, setting: Setting, on_progress: OnProgress) -> Row | None:
@@ -268,27 +258,27 @@ def _run_chains(entry: Tether, setting: Setting, on_progress: OnProgress) -> Row
         pass
     if estimate is None or not (complete or np.isfinite(estimate.lower)):
         return None
-    return Row(
-        label=entry.name,
-        kind=TETHER,
-        seconds=time.perf_counter() - began,
-        complete=complete,
-        estimate=estimate.to_dict(),
-        chains=_chain_arrays(estimate),
-    )
+    return _chain_row(entry, TETHER, estimate, time.perf_counter() - began, complete)
 
 
 def _progress(estimate: VolumeEstimate) -> float:
     return float(estimate.trace.progress) if isinstance(estimate.trace, ChainTrace) else 0.0
 
 
-def _chain_arrays(estimate: VolumeEstimate) -> dict[str, np.ndarray]:
+def _chain_row(entry: Tether | Particles, kind: str, estimate: VolumeEstimate, seconds: float, complete: bool) -> Row:
     trace, curve = estimate.trace, estimate.curve
     labelled = trace.labelled() if isinstance(trace, ChainTrace | IslandTrace) else {}
     arrays = {name: values for name, (_, values) in labelled.items()}
     if curve is not None:
         arrays |= {f"curve_{name}": np.asarray(values) for name, values in vars(curve).items()}
-    return arrays
+    return Row(
+        label=entry.name,
+        kind=kind,
+        seconds=seconds,
+        complete=complete,
+        estimate=estimate.to_dict(),
+        chains=arrays,
+    )
 
 
 def make_row(entry: ProposalConfig, estimate: VolumeEstimate, seconds: float, wanted: int) -> Row:

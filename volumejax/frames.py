@@ -101,11 +101,9 @@ class Frame(eqx.Module):
         """Draw δ from the density ∝ exp(−½ a|δ|² − b·δ), inside the box where there is one; exact, float32."""
         a = jnp.asarray(precision, jnp.float32)
         if self.walls is not None:
-            leaves, treedef = jax.tree.flatten(self.anchor)
-            draws = [jax.random.uniform(jax.random.fold_in(key, i), x.shape, jnp.float32) for i, x in enumerate(leaves)]
             return jax.tree.map(
                 lambda u, low, high: _truncated_normal(u, jnp.sqrt(a), low, high),
-                jax.tree.unflatten(treedef, draws),
+                tree.uniform_like(key, self.anchor),
                 self.walls.low,
                 self.walls.high,
             )
@@ -118,21 +116,18 @@ class Frame(eqx.Module):
             with jax.enable_x64(True):
                 one = jnp.ones((), jnp.float64)
             return self.draw_reference(key, one)
-        leaves, treedef = jax.tree.flatten(self.anchor)
         if self.walls is not None:
-            draws = [jax.random.uniform(jax.random.fold_in(key, i), x.shape, jnp.float32) for i, x in enumerate(leaves)]
             return jax.tree.map(
                 lambda u, low, high: jnp.clip(low + (high - low) * u, low, high),
-                jax.tree.unflatten(treedef, draws),
+                tree.uniform_like(key, self.anchor),
                 self.walls.low,
                 self.walls.high,
             )
         if self.ball is None:
             raise ValueError("a flat prior without an end cannot be drawn from; use vj.UniformBox or vj.UniformBall")
-        z = tree.normal_like(key, self.anchor)
-        u = jax.random.uniform(jax.random.fold_in(key, len(leaves)))
+        z, factor = tree.unit_ball_like(key, self.anchor)
         with jax.enable_x64(True):
-            length = wide(self.ball.radius) * wide(u) ** (1.0 / tree.size(self.anchor)) / jnp.sqrt(tree.dot(z, z))
+            length = wide(self.ball.radius) * factor
             return jax.tree.map(lambda z, c: (length * wide(z) - wide(c)).astype(jnp.float32), z, self.ball.centre)
 
 

@@ -18,17 +18,18 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
+from volumejax import tree
+from volumejax.diagnostics import effective_sample_size
 from volumejax.ensemble import Ensemble, Position, Rung
 from volumejax.kernels import hmc
+from volumejax.logmath import log_mean_exp
 from volumejax.metric import Metric
 from volumejax.parallel import spread
 
-__all__ = ["MOST_LEVELS", "Ladder", "Swarm", "Visit", "descend", "populate", "table"]
+__all__ = ["MOST_LEVELS", "Ladder", "Swarm", "Visit", "descend", "mean_squares", "populate"]
 
 MOST_LEVELS = 16
 """Levels visited in one call of the compiled program, at most."""
-_TABLE = 256
-"""Levels that a table holds at least, so that different ladders share one program."""
 _UNEVEN = 0.5
 """Effective share of an island's particles below which they are drawn anew."""
 _SPREAD = 0.7
@@ -90,15 +91,12 @@ def populate(
         return Swarm(position, even, jnp.zeros(len(islands), jnp.float64))
 
 
-def table(ladder: Ladder) -> Ladder:
-    """Return the ladder on the device, filled up with copies of its last level to a length that many ladders share."""
-    length = _TABLE
-    while length < len(ladder.beta):
-        length *= 2
+@eqx.filter_jit
+def mean_squares(swarm: Swarm) -> Float[Array, "islands leaves"]:
+    """Return the mean square of each leaf's whitened coordinates, over the particles of each island; float64."""
     with jax.enable_x64(True):
-        return jax.tree.map(
-            lambda x: jnp.asarray(np.concatenate([x, np.repeat(x[-1:], length - len(x), axis=0)])), ladder
-        )
+        leaves = jax.tree.leaves(swarm.position.displacement)
+        return jnp.stack([jnp.mean(tree.wide(x) ** 2, axis=range(1, x.ndim)) for x in leaves], axis=1)
 
 
 @eqx.filter_jit
@@ -122,7 +120,7 @@ def descend(
         metric: of the moves.
         key: the move of particle p of island i at level k uses `fold_in(fold_in(fold_in(key, i), k), p)`.
         swarm: at level first − 1.
-        levels: from `table`.
+        levels: a table from `annealing.pad`.
         first: at least 1.
         count: at most `MOST_LEVELS`; what is returned of later visits is zero.
         num_steps: mean leapfrog steps of a trajectory.
@@ -168,12 +166,12 @@ def _visit(
     with jax.enable_x64(True):
         gain = levels.beta[where] - levels.beta[where - 1]
         log_weight = swarm.log_weight - jnp.where(gain > 0.0, gain * swarm.position.cost, 0.0)
-        relative, log_mean, share = _reduced(log_weight)
+        share = effective_sample_size(log_weight) / count
         anew = share < _UNEVEN
-        source = jnp.where(anew, _systematic(relative, lot), particles)
+        source = jnp.where(anew, _systematic(log_weight, lot), particles)
         position = jax.tree.map(lambda x: x[source], swarm.position)
+        log_norm = swarm.log_norm + jnp.where(anew, log_mean_exp(log_weight), 0.0)
         log_weight = jnp.where(anew, jnp.zeros_like(log_weight), log_weight)
-        log_norm = swarm.log_norm + jnp.where(anew, log_mean, 0.0)
         rung = Rung(
             precision=jnp.float64(ensemble.frame.stiffness),
             beta=levels.beta[where],
@@ -202,20 +200,10 @@ def _outside(cost: Array) -> Array:
     return jnp.where(jnp.isfinite(cost), cost, jnp.inf)
 
 
-def _reduced(log_weight: Array) -> tuple[Array, Array, Array]:
-    """Return weights over their maximum, the log of their mean, and the effective share of them."""
-    top = jnp.max(log_weight)
-    safe = jnp.where(jnp.isfinite(top), top, 0.0)
-    relative = jnp.exp(log_weight - safe)
-    total = jnp.sum(relative)
-    share = total**2 / jnp.maximum(jnp.sum(relative**2), 1e-300) / log_weight.shape[0]
-    return relative, safe + jnp.log(total) - jnp.log(float(log_weight.shape[0])), share
-
-
-def _systematic(weights: Array, lot: Array) -> Int[Array, "particles"]:
+def _systematic(log_weight: Array, lot: Array) -> Int[Array, "particles"]:
     """Draw as many indices as there are weights, each in proportion to its own, from one uniform number."""
-    count = weights.shape[0]
-    edges = jnp.cumsum(weights)
+    count, top = log_weight.shape[0], jnp.max(log_weight)
+    edges = jnp.cumsum(jnp.exp(log_weight - jnp.where(jnp.isfinite(top), top, 0.0)))
     # Half a step of the generator keeps the lot off zero, where the first particle would be drawn whatever its weight.
     ticks = (jnp.arange(count, dtype=jnp.float64) + lot.astype(jnp.float64) + 2.0**-24) * (edges[-1] / count)
     # An island that has died out keeps its particles: its weight is zero whatever they do.

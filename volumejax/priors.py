@@ -179,9 +179,7 @@ class UniformBox(eqx.Module):
     def sample(self, key: Key[Array, ""], like: PyTree) -> PyTree:
         """Draw parameters shaped like `like`."""
         low, high = self.bounds(like)
-        leaves, treedef = jax.tree.flatten(like)
-        parts = [jax.random.uniform(jax.random.fold_in(key, i), x.shape, jnp.float32) for i, x in enumerate(leaves)]
-        unit = jax.tree.unflatten(treedef, parts)
+        unit = tree.uniform_like(key, like)
         with jax.enable_x64(True):
             spread = jax.tree.map(lambda u, a, b: wide(a) + (wide(b) - wide(a)) * wide(u), unit, low, high)
             return jax.tree.map(lambda value, x: value.astype(x.dtype), spread, like)
@@ -253,12 +251,10 @@ class UniformBall(eqx.Module):
 
     def sample(self, key: Key[Array, ""], like: PyTree) -> PyTree:
         """Draw parameters shaped like `like`."""
-        z = tree.normal_like(key, like)
-        u = jax.random.uniform(jax.random.fold_in(key, len(jax.tree.leaves(like))))
-        dimension = tree.size(like)
+        direction, factor = tree.unit_ball_like(key, like)
         with jax.enable_x64(True):
-            scale = wide(self.radius) * wide(u) ** (1.0 / dimension) / jnp.sqrt(tree.dot(z, z))
-        return tree.axpy(scale, z, self.middle(like))
+            scale = wide(self.radius) * factor
+        return tree.axpy(scale, direction, self.middle(like))
 
     def middle(self, like: PyTree) -> PyTree:
         """Return the centre, shaped like `like`."""

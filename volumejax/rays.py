@@ -192,8 +192,6 @@ def _pose(
         raise ValueError(f"audit_fraction must lie between 0 and 1, got {audit_fraction}")
     if not is_traced(tolerance) and not float(np.asarray(tolerance)) > 0.0:
         raise ValueError(f"tolerance must be a positive number of nats, got {tolerance}")
-    if not hasattr(prior, "check"):
-        raise ValueError(f"prior must be one such as Gaussian(sigma=0.5) or Lebesgue(), got {type(prior).__name__}")
     if cutoff is None:
         raise ValueError("cutoff must be a positive number of nats, got None; 0.01 is a common one")
     params = check_question(cost, params, prior, cutoff)

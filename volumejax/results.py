@@ -3,6 +3,7 @@
 import enum
 import importlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
@@ -14,7 +15,7 @@ from volumejax.chains import ChainTrace, Curve, LearningCoefficient
 from volumejax.islands import IslandTrace
 from volumejax.spectrum import SpectrumTrace
 
-__all__ = ["BoundKind", "Kind", "RayBatch", "Status", "VolumeEstimate"]
+__all__ = ["BoundKind", "Kind", "RayBatch", "Status", "VolumeEstimate", "last_estimate"]
 
 
 class Status(enum.IntEnum):
@@ -315,6 +316,20 @@ class VolumeEstimate(eqx.Module):
                 coords={"cutoffs": np.asarray(self.curve.cutoffs)},
             )
         return xarray.DataTree.from_dict(nodes)
+
+
+def last_estimate(stream: Iterator[VolumeEstimate]) -> VolumeEstimate:
+    """Return the last of a stream of estimates; after Ctrl-C the latest, where there is one."""
+    estimate = None
+    try:
+        for latest in stream:
+            estimate = latest
+    except KeyboardInterrupt:
+        if estimate is None:
+            raise
+    if estimate is None:
+        raise RuntimeError("the run ended without an estimate")
+    return estimate
 
 
 def to_host(tree: Any) -> Any:

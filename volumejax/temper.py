@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 
 from volumejax import tree
-from volumejax.annealing import slopes
+from volumejax.annealing import pad, slopes
 from volumejax.chains import Curve
 from volumejax.descent import Course, Seen, Way, mean_cost, next_beta, reduced, share_done, share_inside, useful_levels
 from volumejax.diagnostics import certified_lower, effective_sample_size, log_share_upper, skewed_mean_error
@@ -33,10 +33,10 @@ from volumejax.frames import frame_of
 from volumejax.islands import IslandTrace
 from volumejax.metric import Metric, fit_metric, plain_metric
 from volumejax.parallel import num_devices, require_threefry
-from volumejax.particles import MOST_LEVELS, Ladder, Swarm, Visit, descend, populate, table
+from volumejax.particles import MOST_LEVELS, Ladder, Swarm, Visit, descend, mean_squares, populate
 from volumejax.priors import Gaussian, Lebesgue, UniformBall, UniformBox
 from volumejax.regions import Connected
-from volumejax.results import BoundKind, Kind, VolumeEstimate
+from volumejax.results import BoundKind, Kind, VolumeEstimate, last_estimate
 from volumejax.validation import check_deterministic, check_question, check_region
 
 __all__ = ["temper_stream", "temper_volume"]
@@ -136,7 +136,6 @@ def temper_volume(
 
     Reference: docs/mathematics.md, "From the prior".
     """
-    estimate = None
     stream = temper_stream(
         key,
         cost,
@@ -152,15 +151,7 @@ def temper_volume(
         mesh=mesh,
         on_progress=on_progress,
     )
-    try:
-        for latest in stream:
-            estimate = latest
-    except KeyboardInterrupt:
-        if estimate is None:
-            raise
-    if estimate is None:
-        raise RuntimeError("the run ended without an estimate")
-    return estimate
+    return last_estimate(stream)
 
 
 def temper_stream(
@@ -287,11 +278,8 @@ class _Group(NamedTuple):
     @property
     def stiffness(self) -> Vector:
         """One over the mean square of each leaf's whitened coordinates."""
-        squares = [
-            np.concatenate([np.mean(np.square(np.asarray(x, np.float64)), axis=tuple(range(1, x.ndim))) for x in leaf])
-            for leaf in zip(*(jax.tree.leaves(swarm.position.displacement) for swarm in self.swarms), strict=True)
-        ]
-        return np.array([1.0 / max(float(np.mean(x[: len(self.islands)])), 1e-30) for x in squares])
+        squares = np.concatenate([np.asarray(mean_squares(swarm)) for swarm in self.swarms])[: len(self.islands)]
+        return 1.0 / np.maximum(np.mean(squares, axis=0), 1e-30)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,7 +306,7 @@ class _Run:
 
     def stream(self) -> Iterator[VolumeEstimate]:
         course = self._pilot()
-        levels, count = table(course.ladder), len(course.ladder.beta)
+        levels, count = pad(course.ladder), len(course.ladder.beta)
         ends = [*course.metrics, count]
         done: list[Seen] = []
         for first in range(0, self.islands, self.chunk):
@@ -350,23 +338,17 @@ class _Run:
             beta = next_beta(way.betas[-1], *way.seen[-1], self.unevenness, self.cutoff)
             if way.betas[-1] > 0.0:
                 log_step -= _FALL * min(math.log(beta / way.betas[-1]), _STEEPEST)
-            tuning = 0
+            stiffness, gain, tuning = group.stiffness, _GAIN, 0
             if len(way.betas) > 1 and beta >= _REFIT * fitted:
-                metric, fitted, tuning = self._fit(group, way.betas[-1]), beta, _TUNING
+                metric, fitted = self._fit(group, stiffness, way.betas[-1]), beta
                 metrics[len(way.betas)] = metric
-            stiffness = group.stiffness
-            for attempt in range(tuning + 1):
-                # The step is tuned to a new metric at the temperature before.
-                here = way.betas[-1] if attempt < tuning else beta
-                pair = Ladder(
-                    np.array([way.betas[-1], here]), np.full(2, math.exp(log_step)), np.stack([stiffness, stiffness])
-                )
-                visits += 1
-                step = math.exp(log_step)
-                group, visit = self._descend(
-                    metric, jax.random.fold_in(key, _NUM_KEYS + visits), group, table(pair), 1, 1
-                )
-                gain = _GAIN if tuning == 0 else _FAST_GAIN
+                gain, tuning = _FAST_GAIN, _TUNING
+            # The step is tuned to a new metric at the temperature before.
+            for there in [way.betas[-1]] * tuning + [beta]:
+                visits, step = visits + 1, math.exp(log_step)
+                levels = Ladder(np.array([way.betas[-1], there]), np.full(2, step), np.stack([stiffness, stiffness]))
+                here = jax.random.fold_in(key, _NUM_KEYS + visits)
+                group, visit = self._descend(metric, here, group, pad(levels), 1, 1)
                 log_step = min(log_step + gain * (float(np.mean(visit.acceptance)) - _TARGET), _LONGEST)
             way.add(beta, step, stiffness, visit)
             mean = mean_cost(*way.seen[-1])
@@ -385,7 +367,7 @@ class _Run:
         useful = useful_levels(ladder.beta, way.seen, cutoffs, self.unevenness)
         return Course(ladder, metrics, cutoffs, useful, gradients)
 
-    def _fit(self, group: "_Group", beta: float) -> Metric:
+    def _fit(self, group: "_Group", stiffness: Vector, beta: float) -> Metric:
         """Fit the metric to the gradients where the particles stand."""
         found = []
         for swarm in group.swarms:
@@ -393,7 +375,7 @@ class _Run:
             found.append([np.asarray(x) for x in slopes(self.ensemble, flat, self.lanes)])
         joined = [np.concatenate(x)[: len(group.islands) * self.particles] for x in zip(*found, strict=True)]
         frame = self.ensemble.frame
-        precision = max(frame.stiffness, float(np.min(group.stiffness)))
+        precision = max(frame.stiffness, float(np.min(stiffness)))
         return fit_metric(joined, np.full(len(joined[0]), beta), precision, turns=frame.walls is None)
 
     def _populate(self, key: Array, islands: range) -> "_Group":
@@ -414,7 +396,7 @@ class _Run:
             swarms.append(swarm)
             visits.append(jax.device_get(visit))
         joined = (np.concatenate(x, axis=1)[:count, : len(group.islands)] for x in zip(*visits, strict=True))
-        return _Group(group.islands, group.numbers, swarms), Visit(*joined)
+        return group._replace(swarms=swarms), Visit(*joined)
 
     @property
     def _gradients_per_visit(self) -> int:
@@ -475,5 +457,5 @@ def _kind(trace: IslandTrace) -> Kind:
 
 
 def _divisor(count: int, most: int) -> int:
-    """Return the largest divisor of `count` that is at most `most`."""
-    return max(d for d in range(1, count + 1) if count % d == 0 and d <= max(most, 1))
+    """Return the largest divisor of `count` that is at most `most`: the map over particles then has one program."""
+    return max(d for d in range(1, count + 1) if count % d == 0 and d <= most)

@@ -32,7 +32,7 @@ from volumejax.metric import Metric
 from volumejax.parallel import num_devices, require_threefry
 from volumejax.pilot import Pilot, fly
 from volumejax.regions import Connected, Star
-from volumejax.results import VolumeEstimate
+from volumejax.results import VolumeEstimate, last_estimate
 from volumejax.summary import Plan, summarise
 from volumejax.tally import COOLING, HEATING, Tally
 from volumejax.validation import check_deterministic, check_question
@@ -119,7 +119,6 @@ def tether_volume(
 
     Reference: docs/mathematics.md, "The tether".
     """
-    estimate = None
     stream = tether_stream(
         key,
         cost,
@@ -136,15 +135,7 @@ def tether_volume(
         mesh=mesh,
         on_progress=on_progress,
     )
-    try:
-        for latest in stream:
-            estimate = latest
-    except KeyboardInterrupt:
-        if estimate is None:
-            raise
-    if estimate is None:
-        raise RuntimeError("the run ended without an estimate")
-    return estimate
+    return last_estimate(stream)
 
 
 def tether_stream(

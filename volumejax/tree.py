@@ -13,7 +13,19 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
-__all__ = ["axpy", "broadcast_to", "check_floating", "dot", "is_traced", "leaf_dots", "normal_like", "size", "wide"]
+__all__ = [
+    "axpy",
+    "broadcast_to",
+    "check_floating",
+    "dot",
+    "is_traced",
+    "leaf_dots",
+    "normal_like",
+    "size",
+    "uniform_like",
+    "unit_ball_like",
+    "wide",
+]
 
 
 def check_floating(tree: PyTree, name: str) -> None:
@@ -72,6 +84,21 @@ def normal_like(key: Key[Array, ""], tree: PyTree) -> PyTree:
     leaves, treedef = jax.tree.flatten(tree)
     draws = [_normal(jax.random.fold_in(key, i), jnp.shape(leaf)) for i, leaf in enumerate(leaves)]
     return jax.tree.unflatten(treedef, draws)
+
+
+def uniform_like(key: Key[Array, ""], tree: PyTree) -> PyTree:
+    """Draw independent float32 uniforms from [0, 1) shaped like `tree`, leaf i from `fold_in(key, i)`."""
+    leaves, treedef = jax.tree.flatten(tree)
+    draws = [jax.random.uniform(jax.random.fold_in(key, i), x.shape, jnp.float32) for i, x in enumerate(leaves)]
+    return jax.tree.unflatten(treedef, draws)
+
+
+def unit_ball_like(key: Key[Array, ""], tree: PyTree) -> tuple[PyTree, Float[Array, ""]]:
+    """Draw a point shaped like `tree` uniformly in the unit ball, as a float32 direction and its float64 factor."""
+    z = normal_like(key, tree)
+    u = jax.random.uniform(jax.random.fold_in(key, len(jax.tree.leaves(tree))), (), jnp.float32)
+    with jax.enable_x64(True):
+        return z, wide(u) ** (1.0 / size(tree)) / jnp.sqrt(dot(z, z))
 
 
 def _normal(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:

@@ -39,6 +39,7 @@ def check_region(cost: Callable[[PyTree], Float[Array, ""]], params: PyTree, pri
     tree.check_floating(params, "params")
     _check_finite(params)
     params = jax.tree.map(jnp.asarray, params)
+    _check_prior(prior)
     prior.check(params)
     if jnp.ndim(cutoff) != 0:
         raise ValueError(f"cutoff must be a scalar, got shape {jnp.shape(cutoff)}; vmap over cutoffs instead")
@@ -57,6 +58,12 @@ def check_deterministic(cost: Callable[[PyTree], Float[Array, ""]], params: PyTr
             f"the cost is not deterministic: two evaluations at one point gave {values[0]:.9g} and {values[1]:.9g}; "
             "fix its data, its dropout and its random keys"
         )
+
+
+def _check_prior(prior: Any) -> None:
+    if isinstance(prior, type) or not hasattr(prior, "check"):
+        what = f"the class {prior.__name__}" if isinstance(prior, type) else type(prior).__name__
+        raise ValueError(f"prior must be one such as vj.Gaussian(sigma=0.5) or vj.Lebesgue(), got {what}")
 
 
 def _check_finite(params: PyTree) -> None:
