@@ -1,6 +1,7 @@
 """What the tether costs: standard error, gap of the lower bound and hysteresis against gradients and seconds.
 
 Run with a list of problems, e.g. ``python benchmarks/tether.py reference digits``; ``--effort`` scales the work.
+``calibration`` takes 200 seeds of three cheap problems instead and says how well their errors and bounds hold.
 ``mnist`` needs ``--mnist FOLDER`` with the IDX files of the training images and labels, packed with gzip or not.
 """
 
@@ -109,7 +110,36 @@ def jobs(name: str, folder: str | None) -> list[Job]:
         if folder is None:
             raise SystemExit("mnist needs --mnist FOLDER, where the IDX files are")
         return [mnist(folder)]
-    raise SystemExit(f"unknown problem {name!r}; choose from reference, large, neuron, digits, mnist")
+    raise SystemExit(f"unknown problem {name!r}; choose from calibration, reference, large, neuron, digits, mnist")
+
+
+def calibrate(num_seeds: int) -> None:
+    """Print how estimates scatter against their errors, and how often the bound lies above the truth."""
+    print("| problem | seeds | rms of (estimate − truth)/SE | mean | bound violated | other kinds | SE | s each |")
+    print("|---|---|---|---|---|---|---|---|")
+    for problem, effort in (
+        (reference.quadratic(np.ones(4), cutoff=0.05), 0.01),
+        (reference.tanh_neuron(1, 1, cutoff=1e-2), 0.01),
+        (reference.rank_one(3, 5, cutoff=1e-2), 0.02),
+    ):
+        began = time.perf_counter()
+        made = [
+            vj.tether_volume(
+                jax.random.key(seed), problem.cost, problem.params, problem.prior,
+                cutoff=problem.cutoff, effort=effort, decades=0.5,
+            )
+            for seed in range(num_seeds)
+        ]  # fmt: skip
+        seconds = (time.perf_counter() - began) / num_seeds
+        claimed = [e for e in made if e.kind == vj.Kind.ESTIMATE]
+        off = np.array([(e.log_mass - problem.log_mass) / e.std_error for e in claimed])
+        violated = np.mean([e.lower > problem.log_mass for e in made])
+        error = np.median([e.std_error for e in claimed])
+        cells = (
+            problem.name, f"{num_seeds}", f"{np.sqrt(np.mean(off**2)):.2f}", f"{np.mean(off):+.2f}", f"{violated:.3f}",
+            f"{num_seeds - len(claimed)}", f"{error:.2f}", f"{seconds:.1f}",
+        )  # fmt: skip
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
@@ -120,11 +150,16 @@ def main() -> None:
     parser.add_argument("--escort", type=float, nargs="+", default=[1.0], help="0 for plain weights")
     parser.add_argument("--mnist", metavar="FOLDER", help="where the IDX files are")
     arguments = parser.parse_args()
+    if "calibration" in arguments.problems:
+        calibrate(num_seeds=200)
+    problems = [name for name in arguments.problems if name != "calibration"]
+    if not problems:
+        return
     print(
         "| problem | effort | escort | log mass | lower | cooling | heating | integrated | kind | gradients | s | off |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
-    for job in [job for name in arguments.problems for job in jobs(name, arguments.mnist)]:
+    for job in [job for name in problems for job in jobs(name, arguments.mnist)]:
         for effort in arguments.effort:
             for escort in arguments.escort:
                 began = time.perf_counter()

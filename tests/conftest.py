@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from volumejax.chains import ChainTrace
 from volumejax.records import Row, Run
 from volumejax.results import BoundKind, Kind, RayBatch, VolumeEstimate
 
@@ -173,3 +174,33 @@ def example_run(make_row, make_run):
         make_row("diagonal GGN 0.01", "diagonal_ggn", draw(-8900, 600, 200), radius=radius),
         make_row("dense GGN β=2e4, no shift", "dense_ggn", draw(-7300, 0.2, 200), settled=True),
     )
+
+
+@pytest.fixture
+def make_trace():
+    """Evidence of six chains a pass on four levels, with nothing amiss."""
+
+    def make(**fields):
+        table = np.full((2, 4), 0.7)
+        table[1, 0] = np.nan
+        values = {
+            "precision": np.array([9.0, 9.0, 3.0, 1.0]),
+            "mean_cost": table,
+            "mean_square": table,
+            "acceptance": table,
+            "inside": table,
+            "overlap": np.array([0.9, 0.5, 0.6]),
+            "r_hat": np.array([np.nan, 1.01, 1.2, 1.05]),
+            "work_std": np.ones(3),
+            "separation": np.array(1.1),
+            "log_weights": np.zeros(6),
+            **dict.fromkeys(("betas", "energies", "energy_errors", "heat_capacities"), np.ones(3)),
+            "integrated": np.array(-3.5),
+            "integrated_virial": np.array(-3.4),
+            "gradients": np.array(1200),
+            "non_finite": np.array(0.0),
+            "progress": np.array(1.0),
+        }
+        return ChainTrace(**{**values, **fields})
+
+    return make

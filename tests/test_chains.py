@@ -15,36 +15,6 @@ from volumejax.chains import ChainTrace, Curve
 LEVELS, CHAINS, TEMPERATURES = 4, 6, 3
 
 
-@pytest.fixture
-def make_trace():
-    """Evidence of a finished run in which nothing is amiss."""
-
-    def make(**fields):
-        table = np.full((2, LEVELS), 0.7)
-        table[1, 0] = np.nan
-        values = {
-            "precision": np.array([9.0, 9.0, 3.0, 1.0]),
-            "mean_cost": table,
-            "mean_square": table,
-            "acceptance": table,
-            "inside": table,
-            "overlap": np.array([0.9, 0.5, 0.6]),
-            "r_hat": np.array([np.nan, 1.01, 1.2, 1.05]),
-            "work_std": np.ones(LEVELS - 1),
-            "separation": np.array(1.1),
-            "log_weights": np.zeros(CHAINS),
-            **dict.fromkeys(("betas", "energies", "energy_errors", "heat_capacities"), np.ones(TEMPERATURES)),
-            "integrated": np.array(-3.5),
-            "integrated_virial": np.array(-3.4),
-            "gradients": np.array(1200),
-            "non_finite": np.array(0.0),
-            "progress": np.array(1.0),
-        }
-        return ChainTrace(**{**values, **fields})
-
-    return make
-
-
 def test_the_slope_of_a_power_law_is_its_power():
     cutoffs = np.array([1e-3, 1e-2, 0.05, 2.0])
     curve = Curve(cutoffs, 4.5 * np.log(cutoffs) - 3.0, np.zeros(4))

@@ -198,3 +198,12 @@ def test_the_last_of_a_stream(settled, bound):
         last_estimate(stopped())
     with pytest.raises(RuntimeError, match="without an estimate"):
         last_estimate(iter([]))
+
+
+def test_passes_of_a_few_chains_go_without_r_hat(settled, make_trace):
+    few = dataclasses.replace(
+        settled, trace=make_trace(r_hat=np.full(4, np.nan)), kind=np.asarray(Kind.NOT_MIXED, np.int32)
+    )
+    many = dataclasses.replace(few, trace=make_trace())
+    assert "R-hat" not in few.summary()
+    assert many.summary().count("max R-hat 1.20") == 2

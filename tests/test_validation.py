@@ -7,7 +7,7 @@ import pytest
 
 from volumejax.priors import Gaussian, UniformBox
 from volumejax.tree import is_traced
-from volumejax.validation import check_deterministic, check_question
+from volumejax.validation import attainable, check_deterministic, check_question
 
 PARAMS = {"w": jnp.array([0.5, -0.5]), "b": jnp.array(0.25)}
 PRIOR = Gaussian(1.0)
@@ -76,6 +76,16 @@ def test_questions_that_do(cutoff):
     assert check_question(cost, PARAMS, PRIOR, cutoff) == PARAMS
     slightly_negative = check_question(shifted(-1e-9), PARAMS, PRIOR, cutoff)
     assert jax.tree.structure(slightly_negative) == jax.tree.structure(PARAMS)
+
+
+def test_an_anchor_at_the_cutoff_is_inside_whatever_the_precision():
+    # 0.2 in float32 is above 0.2, and 0.3 in bfloat16 above 0.3.
+    for value, dtype in ((0.2, jnp.float32), (0.3, jnp.bfloat16)):
+        at = lambda p, value=value, dtype=dtype: jnp.asarray(value, dtype) + 0.0 * p["b"].astype(dtype)
+        assert float(at(PARAMS)) > value
+        check_question(at, PARAMS, PRIOR, value)
+        assert attainable(value, at, PARAMS) == float(at(PARAMS))
+    assert attainable(0.01, cost, PARAMS) == 0.01
 
 
 def test_numpy_parameters_become_jax_arrays():

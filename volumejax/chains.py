@@ -141,7 +141,8 @@ class ChainTrace(eqx.Module):
     overlap: Float[Numbers, "gaps"]
     """Mean Metropolis probability of the map between neighbouring levels: the rate at which replicas would swap."""
     r_hat: Float[Numbers, "levels"]
-    """Split R-hat of |δ|² over the passes: well above 1 where cooling and heating disagree."""
+    """Split R-hat of |δ|² over the passes: well above 1 where cooling and heating disagree; NaN for fewer than four
+    chains a pass."""
     separation: Float[Numbers, ""]
     """R-hat over the chains of one pass, by quartiles, of the leaves' log squares along its last rungs, the worst leaf
     and pass: far above 1 where chains stay in separate parts of the region."""
@@ -172,7 +173,7 @@ class ChainTrace(eqx.Module):
 
     @property
     def slowest(self) -> float:
-        """The largest R-hat of any level; NaN before the heating pass."""
+        """The largest R-hat of any level; NaN before the heating pass and for fewer than four chains a pass."""
         finite = np.asarray(self.r_hat)[np.isfinite(np.asarray(self.r_hat))]
         return float(finite.max()) if finite.size else math.nan
 

@@ -27,7 +27,7 @@ from volumejax.proposals import Isotropic
 from volumejax.regions import Star
 from volumejax.results import BoundKind, Kind, RayBatch, Status, VolumeEstimate, to_host
 from volumejax.tree import is_traced
-from volumejax.validation import check_question
+from volumejax.validation import attainable, check_question
 
 __all__ = ["ray_stream", "ray_volume"]
 
@@ -206,7 +206,7 @@ def _pose(
         params=params,
         prior=prior,
         proposal=proposal,
-        cutoff=_split(cutoff),
+        cutoff=_split(attainable(cutoff, cost, params)),
         tolerance=_split(tolerance),
         region=Star(),
         max_evaluations=max_evaluations,

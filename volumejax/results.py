@@ -207,8 +207,8 @@ class VolumeEstimate(eqx.Module):
         if kind is Kind.NOT_MIXED:
             cooling, heating = (float(x) for x in self.hysteresis)
             remarks.append(
-                f"not mixed: cooling says {cooling:.2f} and heating {heating:.2f}, max R-hat {trace.slowest:.2f}; "
-                "only `lower` may be quoted; raise effort"
+                f"not mixed: cooling says {cooling:.2f} and heating {heating:.2f}{_max_r_hat(trace)}; only `lower` may "
+                "be quoted; raise effort"
             )
         elif kind is Kind.LOWER_BOUND:
             remarks.append("a lower bound: the heating pass that would show the bias has not ended")
@@ -263,8 +263,8 @@ class VolumeEstimate(eqx.Module):
         if isinstance(self.trace, ChainTrace):
             evidence = (
                 f"  {self.trace.num_chains} chains x {int(self.trace.gradients)} gradients: cooling "
-                f"{float(self.hysteresis[0]):.2f}, heating {float(self.hysteresis[1]):.2f}, "
-                f"max R-hat {self.trace.slowest:.2f}, min overlap {self.trace.least_overlap:.2f}"
+                f"{float(self.hysteresis[0]):.2f}, heating {float(self.hysteresis[1]):.2f}{_max_r_hat(self.trace)}, "
+                f"min overlap {self.trace.least_overlap:.2f}"
             )
         elif isinstance(self.trace, IslandTrace):
             evidence = (
@@ -316,6 +316,11 @@ class VolumeEstimate(eqx.Module):
                 coords={"cutoffs": np.asarray(self.curve.cutoffs)},
             )
         return xarray.DataTree.from_dict(nodes)
+
+
+def _max_r_hat(trace: ChainTrace) -> str:
+    """Return the largest R-hat as words; nothing for fewer than four chains a pass, of which it cannot be told."""
+    return f", max R-hat {trace.slowest:.2f}" if math.isfinite(trace.slowest) else ""
 
 
 def last_estimate(stream: Iterator[VolumeEstimate]) -> VolumeEstimate:

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +36,7 @@ from volumejax.particles import MOST_LEVELS, Ladder, Swarm, Visit, descend, mean
 from volumejax.priors import Gaussian, Lebesgue, UniformBall, UniformBox
 from volumejax.regions import Connected
 from volumejax.results import BoundKind, Kind, VolumeEstimate, last_estimate
-from volumejax.validation import check_deterministic, check_question, check_region
+from volumejax.validation import attainable, check_deterministic, check_question, check_region
 
 __all__ = ["temper_stream", "temper_volume"]
 
@@ -221,8 +220,7 @@ def temper_stream(
     like = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
     middle = check_region(cost, prior.middle(like), prior, cutoff)
     check_deterministic(cost, middle)
-    # In the cost's own precision: an error rate of 0.2 in float32 exceeds 0.2.
-    cutoff = max(float(cutoff), float(np.asarray(cutoff, eqx.filter_eval_shape(cost, middle).dtype)))
+    cutoff = float(attainable(cutoff, cost, middle))
     if anchor is not None:
         if jax.tree.map(jnp.shape, anchor) != jax.tree.map(jnp.shape, like):
             raise ValueError("anchor and like must have the same structure and shapes; pass like=anchor")
@@ -247,7 +245,7 @@ def temper_stream(
     run = _Run(
         ensemble=ensemble,
         key=key,
-        cutoff=float(cutoff),
+        cutoff=cutoff,
         prior_term=math.nan if anchor is None else float(prior.anchor_term(anchor)),
         islands=num_islands,
         chunk=chunk,

@@ -35,7 +35,7 @@ from volumejax.regions import Connected, Star
 from volumejax.results import VolumeEstimate, last_estimate
 from volumejax.summary import Plan, summarise
 from volumejax.tally import COOLING, HEATING, Tally
-from volumejax.validation import check_deterministic, check_question
+from volumejax.validation import attainable, check_deterministic, check_question
 
 __all__ = ["tether_stream", "tether_volume"]
 
@@ -209,7 +209,7 @@ def tether_stream(
         ensemble = Ensemble(
             cost=cost,
             frame=frame_of(prior, params),
-            cutoff=jnp.asarray(float(cutoff), jnp.float64),
+            cutoff=jnp.asarray(float(attainable(cutoff, cost, params)), jnp.float64),
             region=region,
             callers_x64=bool(jax.config.read("jax_enable_x64")),
         )

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from volumejax import tree
 from volumejax.tree import is_traced
 
-__all__ = ["check_deterministic", "check_question", "check_region"]
+__all__ = ["attainable", "check_deterministic", "check_question", "check_region"]
 
 
 def check_question(cost: Callable[[PyTree], Float[Array, ""]], params: PyTree, prior: Any, cutoff: ArrayLike) -> PyTree:
@@ -26,7 +26,7 @@ def check_question(cost: Callable[[PyTree], Float[Array, ""]], params: PyTree, p
     """
     params = check_region(cost, params, prior, cutoff)
     if not is_traced((cost, params, cutoff)):
-        _check_anchor(cost, params, float(np.asarray(cutoff)))
+        _check_anchor(cost, params, float(attainable(cutoff, cost, params)))
     return params
 
 
@@ -47,6 +47,14 @@ def check_region(cost: Callable[[PyTree], Float[Array, ""]], params: PyTree, pri
         raise ValueError(f"cutoff must be a positive, finite number of nats, got {cutoff}")
     _check_scalar(cost, params)
     return params
+
+
+def attainable(cutoff: ArrayLike, cost: Callable[[PyTree], Float[Array, ""]], params: PyTree) -> Array | np.ndarray:
+    """Return a concrete cutoff, no lower than in the dtype of the cost: an error rate of 0.2 in float32 exceeds 0.2."""
+    if is_traced(cutoff):
+        return jnp.asarray(cutoff)
+    wanted = np.asarray(cutoff, np.float64)
+    return np.asarray(np.maximum(wanted, wanted.astype(eqx.filter_eval_shape(cost, params).dtype).astype(np.float64)))
 
 
 def check_deterministic(cost: Callable[[PyTree], Float[Array, ""]], params: PyTree) -> None:
