@@ -43,6 +43,17 @@ def test_only_rows_of_chains_are_drawn(chain_run, example_run):
     assert "cut" not in words(drawn["curve"])
 
 
+def test_chains_that_have_not_mixed_are_no_estimate(make_run, make_tether):
+    """A thin line without a band or marks, named so; nothing of what needs chains that have mixed."""
+    stuck = make_tether("tether, star", kind="not_mixed")
+    for rows, drawn in (((stuck,), 0), ((stuck, make_tether("tether, connected")), 1)):
+        figure = chain_plots.figures(make_run(*rows))["curve"]
+        upper, lower = figure.axes
+        assert "tether, star, not mixed" in words(figure)
+        assert len(upper.collections) == len(lower.collections) == drawn
+        assert len(upper.lines) == 1 + 2 * drawn and (len(lower.lines) > 0) == (drawn > 0)
+
+
 def test_chains_without_a_curve_have_their_ladder(make_run, make_tether):
     assert list(chain_plots.figures(make_run(make_tether("cut", complete=False)))) == ["ladder"]
 

@@ -247,6 +247,14 @@ def test_particles_are_read_and_cut_down_for_a_quick_run():
     assert few.num_particles <= 16 and few.num_islands >= 4 and few.effort < 0.1
 
 
+def test_a_tuned_row_takes_eigenpairs_of_its_own_curvature():
+    text = GOOD.replace("tethers:\n  - {region: star, effort: 0.5}\n", "")
+    tuned = "  - {kind: tuned, curvature: NAME, rank: 3}\n"
+    parse_config(text + tuned.replace("NAME", "diagonal_ggn"))
+    with pytest.raises(ConfigError, match="rank goes with `curvature: diagonal_ggn`: Adam's moments have another unit"):
+        parse_config(text + tuned.replace("NAME", "adam"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -108,6 +108,28 @@ def test_flat_directions_of_a_turned_quadratic_stay_flat():
         assert flat.log_mass == np.inf and "proper prior" in flat.status
 
 
+@pytest.mark.parametrize("spectrum", [vj.DenseSpectrum(), vj.LanczosSpectrum(num_probes=2, num_steps=3)])
+def test_a_gradient_that_the_model_leaves_out_is_told(spectrum):
+    h = jnp.array([10.0, 1.0, 0.1])
+    for shift, share in ((0.0, 0.0), (0.03, 0.96)):
+        anchor = jnp.full(3, shift)
+        estimate = vj.laplace_volume(
+            jax.random.key(0),
+            lambda w: 0.5 * jnp.sum(h * w**2),
+            anchor,
+            vj.Gaussian(1.0),
+            cutoff=0.01,
+            spectrum=spectrum,
+        )
+        assert ("along its gradient" in estimate.status) == (shift > 0.0)
+        # One step down the gradient: ½ (Σh²)²/Σh³ · shift², of what the cost leaves of the cutoff.
+        left = 0.01 - 0.5 * 11.1 * shift**2
+        assert np.isclose(estimate.trace.descent, 0.5 * 101.01**2 / 1001.001 * shift**2 / left, rtol=1e-4), share
+    steps = lambda w: jnp.mean((w > 1.0).astype(jnp.float32))
+    flat = vj.laplace_volume(jax.random.key(0), steps, jnp.zeros(3), vj.Gaussian(1.0), cutoff=0.2, spectrum=spectrum)
+    assert "no curvature at all" in flat.status
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("floor", [None, 0.0999])
@@ -215,6 +237,11 @@ def test_results_can_be_logged():
     [
         (lambda q: vj.laplace_volume(*q, vj.UniformBox(-1.0, 1.0), cutoff=0.1), "knows no walls"),
         (lambda q: vj.laplace_volume(*q, vj.Gaussian(1.0), cutoff=-1.0), "positive, finite number"),
+        (lambda q: vj.laplace_volume(*q, vj.Gaussian, cutoff=0.1), "got the class Gaussian, not an instance of it"),
+        (
+            lambda q: vj.laplace_volume(*q, vj.Gaussian(1.0), cutoff=0.1, spectrum=vj.DenseSpectrum),
+            "spectrum must be .*, got the class DenseSpectrum, not an instance",
+        ),
         (lambda _: vj.LanczosSpectrum(num_probes=0), "a probe and a step"),
         (lambda _: vj.LanczosSpectrum(floor=-1.0), "floor must be"),
         (lambda _: vj.DenseSpectrum(batch_size=0), "at least 1"),

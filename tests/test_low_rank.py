@@ -1,7 +1,7 @@
 """Low-rank proposals where it is hard: many parameters, stretches of a millionth, transformations; exact volumes.
 
 Mutations these catch: the stretch inverted, its determinant dropped, the projection in float32, a determinant that
-trusts U to be orthonormal.
+trusts U to be orthonormal, the whitened mean doubled or turned round.
 """
 
 import equinox as eqx
@@ -12,6 +12,7 @@ import pytest
 
 import volumejax as vj
 from volumejax import exact, tree
+from volumejax.radial import radial
 
 D, STIFF = 100_000, 50
 CUTOFF, CURVATURE = 1e-2, 4.0
@@ -70,22 +71,30 @@ def test_memory_is_that_of_the_factors(stiff):
 
 @pytest.mark.parametrize("size", [1e-6, 1e-3, 1e3, 1e6])
 def test_any_stretch_keeps_the_density_of_its_draws(size):
-    """At s = 1 the density is that of z itself. Factors of all sizes, some of them all but parallel."""
+    """Direction and density against the same map in float64. Factors of all sizes, some of them all but parallel."""
     rng = np.random.default_rng(1)
     rows = rng.normal(size=(6, 40)) * np.logspace(0, 3, 6)[:, None]
     rows[5] = rows[4] * (1 + 1e-4 * rng.normal(size=40))
     factors = jnp.asarray(size * rows, jnp.float32)
     like, key = jnp.zeros(40), jax.random.key(3)
     z = np.asarray(tree.normal_like(key, like), np.float64)
-    mean = jnp.full(40, 0.1)
-    half_log_det = 0.5 * np.sum(np.log1p(np.linalg.svd(np.asarray(factors, np.float64), compute_uv=False) ** 2))
-    for proposal, sign in ((vj.LowRank(1.0, factors, mean), 1.0), (vj.LowRankPrecision(1.0, factors, mean), -1.0)):
+    pull = rng.normal(size=40)
+    for kind in (vj.LowRank, vj.LowRankPrecision):
+        still = kind(1.0, factors)
+        # A posterior's own mean, −ΣΛ(θ0 − m), is long where Σ is; that of a precision would be far away otherwise.
+        proposal = still.shifted(pull if kind is vj.LowRank else still.apply_covariance(pull).astype(jnp.float32))
         draw = proposal.draw(key, like)
-        claimed = float(draw.log_density) + float(draw.slope) - 0.5 * float(draw.curvature)
-        truth = -0.5 * z @ z - sign * half_log_det - 20 * np.log(2 * np.pi)
-        # μᵀΣ⁻¹μ is subtracted from itself here, and U's rounding moves the smallest stretch.
-        pull = float(draw.curvature) * 1e-13
-        assert abs(claimed - truth) <= 1e-4 + pull + 6 * 3e-7 / float(jnp.min(jnp.minimum(proposal.stretch, 1.0)))
+        basis, stretch, mean = (
+            np.asarray(x, np.float64) for x in (proposal.basis, proposal.stretch, proposal.mean)
+        )  # fmt: skip
+        by = np.eye(40) + basis.T @ ((stretch - 1.0)[:, None] * basis)
+        np.testing.assert_allclose(draw.direction, mean + by @ z, rtol=3e-6, atol=3e-6 * np.abs(mean + by @ z).max())
+        white = np.linalg.solve(by, mean)
+        with jax.enable_x64(True):
+            truth = float(radial(40, (z + white) @ (z + white), (z + white) @ white, jnp.inf))
+            claimed = float(draw.log_density + radial(40, draw.curvature, draw.slope, jnp.inf))
+        truth += -0.5 * white @ white - np.linalg.slogdet(by)[1] - 20 * np.log(2 * np.pi)
+        assert abs(claimed - truth) <= 1e-3
 
 
 def test_the_map_is_symmetric_and_has_the_covariance():

@@ -77,6 +77,15 @@ def belief(grads, b1=0.9, b2=0.999):
     return nu / (1 - b2 ** len(grads))
 
 
+def acprop(grads, b1=0.9, b2=0.999):
+    """As `belief`, about the mean before the step."""
+    mu, nu = np.zeros(grads[0].shape), np.zeros(grads[0].shape)
+    for g in grads:
+        nu = b2 * nu + (1 - b2) * (g - mu) ** 2 + 1e-16
+        mu = b1 * mu + (1 - b1) * g
+    return nu / (1 - b2 ** len(grads))
+
+
 def novograd(grads, b2=0.25):
     norm = np.sum(grads[0] ** 2)
     for g in grads[1:]:
@@ -150,7 +159,14 @@ OPTIMIZERS = {
     ),
     "masked clipping": (optax.chain(optax.masked(optax.clip(9.0), lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
                                     optax.adam(1e-2)), ADAM, {}),
+    "schedule free rmsprop": (
+        optax.contrib.schedule_free(optax.rmsprop(1e-2, bias_correction=True), 1e-2), mean_square(0.9), {"b2": 0.9},
+    ),
     "mechanic": (optax.contrib.mechanize(optax.adam(1e-2)), ADAM, {}),
+    "mechanic over rmsprop": (
+        optax.contrib.mechanize(optax.rmsprop(1e-2, bias_correction=True)), mean_square(0.9), {},
+    ),
+    "acprop": (optax.contrib.acprop(1e-2), acprop, {}),
 }  # fmt: skip
 
 
@@ -222,6 +238,12 @@ def test_gradients_that_are_not_finite_do_not_count():
     spoilt = [*grads[:3], jax.tree.map(lambda g: g + np.float32(np.nan), grads[0]), *grads[3:]]
     params, state = train(optax.apply_if_finite(optax.adam(1e-2), 3), spoilt)
     assert_close(second_moments(state, params), recursion(grads, ADAM))
+
+
+def test_moments_of_projected_gradients_are_refused():
+    optimizer = optax.contrib.galore(1e-2)
+    with pytest.raises(ValueError, match=r"GaLore keeps the moments of projected gradients.*use curvature instead"):
+        second_moments(optimizer.init(PARAMS), PARAMS)
 
 
 def test_lookahead_moments_are_those_of_the_fast_parameters():

@@ -44,6 +44,13 @@ def test_points_that_are_hardly_known_are_hollow(make_run, make_particles):
     assert counts[0] == 4 and counts[1] == 0
 
 
+def test_chains_that_have_not_mixed_are_named(make_run, make_particles, make_tether):
+    figure = particle_plots.figures(make_run(make_tether("tether, star", kind="not_mixed"), make_particles()))[
+        "guessing"
+    ]
+    assert "tether, star, not mixed" in words(figure) and "tether, star" not in words(figure)
+
+
 def test_nothing_lies_outside_the_figure(particle_run):
     figure = particle_plots.figures(particle_run)["guessing"]
     box = figure.get_tightbbox()

@@ -239,6 +239,9 @@ def test_due_steps(probe):
             "got the cost of one network; for instance lambda params, inputs: kl_to_anchor",
         ),
         (lambda probe: vj.VolumeProbe(quadratic, PRIOR, 0.1, proposal="adam"), "got str; pass Isotropic"),
+        (lambda probe: vj.VolumeProbe(quadratic, PRIOR, 0.1, proposal=vj.Isotropic), "got the class Isotropic, not an"),
+        (lambda probe: vj.VolumeProbe(quadratic, vj.Gaussian, 0.1), "prior must be .*, got the class Gaussian"),
+        (lambda probe: vj.VolumeProbe(quadratic, 0.5, 0.1), "prior must be .*, got float"),
         (
             lambda probe: vj.VolumeProbe(lambda w, data: jnp.sum(w), PRIOR, 0.1)(KEY, 0, jnp.ones(2)),
             "must return a cost, got .*; for instance lambda",
@@ -262,8 +265,11 @@ def test_weights_or_moments_that_are_no_numbers_give_no_number(probe):
     broken = probe(KEY, 0, jnp.ones(6).at[2].set(jnp.nan), jnp.ones(6))
     early = eqx.tree_at(lambda p: p.proposal, probe, functools.partial(vj.adam_proposal, beta=10.0))
     before = early(KEY, 0, jnp.ones(6), jnp.ones(6), optax.adam(0.1).init(jnp.ones(6)))
-    assert broken.keys() == before.keys() == KEYS
-    assert all(np.isnan(value) for value in [*broken.values(), *before.values()])
+    adam = optax.adam(0.1)
+    _, spoilt = adam.update(jnp.ones(6).at[1].set(1e30), adam.init(jnp.ones(6)))
+    after = early(KEY, 0, jnp.ones(6), jnp.ones(6), spoilt)
+    assert broken.keys() == before.keys() == after.keys() == KEYS
+    assert all(np.isnan(value) for value in [*broken.values(), *before.values(), *after.values()])
 
 
 def test_a_proposal_function_without_a_state_is_an_error(probe):

@@ -331,6 +331,7 @@ def test_the_audit_finds_a_thin_wall_and_says_what_to_do():
         (dict(cutoff=-1.0), "cutoff must be a positive"),
         (dict(proposal=vj.Diagonal(jnp.ones(9))), "Diagonal scale"),
         (dict(proposal=vj.Dense(jnp.eye(9))), "there are 10 parameters"),
+        (dict(proposal=vj.Isotropic), "proposal must be .*, got the class Isotropic, not an instance of it; call"),
         (dict(proposal=vj.adam_proposal), "proposal must be one such as .*, got function; call what makes it"),
     ],
 )

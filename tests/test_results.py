@@ -207,3 +207,11 @@ def test_passes_of_a_few_chains_go_without_r_hat(settled, make_trace):
     many = dataclasses.replace(few, trace=make_trace())
     assert "R-hat" not in few.summary()
     assert many.summary().count("max R-hat 1.20") == 2
+
+
+def test_terms_are_left_out_where_there_is_no_anchor(settled):
+    nan = np.asarray(np.nan)
+    whole = dataclasses.replace(settled, log_mass=np.asarray(0.0), prior_term=nan, volume_term=nan)
+    assert "prior term" not in whole.summary() and "  0.0 bits" in whole.summary()
+    nothing = dataclasses.replace(settled, log_mass=np.asarray(-np.inf))
+    assert "inf bits" not in nothing.summary() and "no finite number of bits" in nothing.summary()

@@ -31,7 +31,7 @@ def agrees(estimate, truth):
     """Within 4 SE of the truth with SE ≤ 0.5, or labelled a bound and below it."""
     if vj.Kind(int(estimate.kind)) is vj.Kind.ESTIMATE:
         return estimate.std_error <= 0.5 and abs(estimate.log_mass - truth) <= 4 * estimate.std_error
-    return estimate.lower <= truth
+    return truth - 6.0 <= estimate.lower <= truth
 
 
 GIVEN = {"exponents": (0.5,), "dampings": (0.0, 0.1)}
@@ -106,7 +106,7 @@ def test_a_second_round_looks_between_the_candidates_of_the_first():
     levels = np.log10([beta * np.mean(np.asarray(bent, np.float64) ** (2 * power)) for beta, power, _, _ in finer])
     np.testing.assert_allclose(levels, levels[1] + np.tile([-0.5, 0.0, 0.5], 2), atol=1e-4)
     given = tune(problem, curvature=bent, betas=(1.0, 10.0), exponents=(0.3,), dampings=(0.0,), num_rays=64).sweep
-    assert set(given.beta.tolist()) <= {0.0, 1.0, 10.0} and len(given.beta) == 5
+    assert set(given.beta.tolist()) == {1.0, 10.0} and len(given.beta) == 4
 
 
 def test_fresh_rays_are_not_the_pilot_rays(tuned):

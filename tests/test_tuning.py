@@ -290,6 +290,10 @@ def test_adam_moments_are_bias_corrected():
         (lambda: adam_proposal(None, PARAMS, Gaussian(1.0), beta=1.0, gradient_batch=0), "gradient_batch must be at"),
         (lambda: curvature_proposal(hessian(), PARAMS, Gaussian(1.0), beta=1.0, eigenpairs=PAIRS), "holds its eigenp"),
         (lambda: curvature_proposal(PAIRS, PARAMS, Gaussian(1.0), beta=1.0, eigenpairs=PAIRS), "given twice"),
+        (
+            lambda: curvature_proposal(1e-3, PARAMS, Gaussian(1.0), beta=1.0, eigenpairs=PAIRS),
+            "the eigenpairs explain .* of a curvature whose diagonal sums to .*: they are not of one and the same",
+        ),
         (lambda: curvature_proposal(PAIRS, PARAMS, Lebesgue(), beta=1.0), "not positive; raise beta or use a proper"),
         (lambda: curvature_proposal(PAIRS, PARAMS["w"], Gaussian(1.0), beta=1.0), "vectors of eigenpairs do not have"),
         (

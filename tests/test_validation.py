@@ -60,6 +60,11 @@ def _strict():
         ({"cost": shifted(jnp.nan)}, "the cost at the anchor is NaN; check the data"),
         ({"cost": shifted(jnp.inf)}, "the cost at the anchor is inf nats"),
         ({"prior": 0.5}, r"prior must be one such as vj.Gaussian\(sigma=0.5\) or vj.Lebesgue\(\), got float"),
+        (
+            {"cost": lambda p: float(np.sum(np.asarray(p["w"])))},
+            r"the cost fails on parameters of shapes .*'w': \(2,\).*TracerArrayConversionError.*written with jax.numpy",
+        ),
+        ({"cost": lambda p: p["w"] @ jnp.ones(3)}, "the cost fails on parameters of shapes .*it must take such"),
         ({"prior": Gaussian}, "prior must be .*, got the class Gaussian"),
         ({"prior": Gaussian({"w": 1.0})}, "Gaussian sigma is a pytree of another structure"),
         ({"prior": UniformBox(0.0, 1.0)}, r"the anchor\['w'\] lies outside the UniformBox"),

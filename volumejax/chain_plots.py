@@ -17,6 +17,7 @@ except ImportError as error:
 
 from volumejax.plots import INK, MUTED, PAPER, RULE, STYLE, WIDTH, colour
 from volumejax.records import Row, Run
+from volumejax.table import is_mixed
 
 _DASHES: Sequence[Any] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)))
 _MARKERS = "os^D"
@@ -60,6 +61,10 @@ def _curve(rows: list[Row]) -> Figure:
         arrays = {name: np.asarray(values, np.float64) for name, values in row.chains.items()}
         cutoffs, log_mass, error = (arrays[f"curve_{name}"] for name in ("cutoffs", "log_mass", "std_error"))
         good = (cutoffs > 0) & np.isfinite(log_mass)
+        if not is_mixed(row):
+            order = np.argsort(cutoffs[good])
+            upper.plot(cutoffs[good][order], log_mass[good][order], color=look.shade, ls=look.dash, lw=0.8, alpha=0.5)
+            continue
         band = np.where(np.isfinite(error), 1.96 * error, 0.0)
         upper.fill_between(
             cutoffs[good], (log_mass - band)[good], (log_mass + band)[good], color=look.shade, alpha=0.3, lw=0
@@ -96,6 +101,10 @@ def _curve(rows: list[Row]) -> Figure:
     lower.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}"))
     entries = [
         Line2D([], [], color=look.shade, ls=look.dash, marker=look.mark, ms=4, lw=1.6, label=_literal(row.label))
+        if is_mixed(row)
+        else Line2D(
+            [], [], color=look.shade, ls=look.dash, lw=0.8, alpha=0.5, label=_literal(f"{row.label}, not mixed")
+        )
         for row, look in zip(rows, looks, strict=True)
     ]
     hollow: Any = {"color": INK, "mfc": PAPER, "ms": 4, "mew": 0.9, "lw": 0}
@@ -104,7 +113,8 @@ def _curve(rows: list[Row]) -> Figure:
         Line2D([], [], color=MUTED, marker="o", ms=4, lw=1.6, label="learning coefficient"),
         Line2D([], [], marker="o", label="heat capacity", **hollow),
     ]
-    lower.legend(handles=inset, frameon=False, fontsize=8.5, labelcolor=MUTED, loc="best", handletextpad=0.5)
+    if any(map(is_mixed, rows)):
+        lower.legend(handles=inset, frameon=False, fontsize=8.5, labelcolor=MUTED, loc="best", handletextpad=0.5)
     return figure
 
 

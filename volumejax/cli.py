@@ -66,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run an experiment and write its run directory")
     run.add_argument("config", metavar="CONFIG.yaml", help="the experiment, e.g. configs/digits_mlp.yaml")
     run.add_argument("--output", metavar="DIR", help="directory for run directories (default: from the file)")
-    run.add_argument("--quick", action="store_true", help="few rays and short chains, to see whether everything works")
+    run.add_argument(
+        "--quick", action="store_true", help="few rays and short chains, to see whether everything works; some minutes"
+    )
     run.set_defaults(command=_run)
 
     plot = commands.add_parser("plot", help="draw a run's figures and report again")

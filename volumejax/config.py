@@ -177,6 +177,14 @@ class TunedProposal(_Proposal):
     exponents: Annotated[tuple[PositiveFloat, ...], Field(strict=False, min_length=1)] | None = None
     num_pilot_rays: Annotated[int, Field(ge=2, le=2**20)] = 16
 
+    @model_validator(mode="after")
+    def _of_one_unit(self) -> "TunedProposal":
+        if self.curvature == "adam" and self.rank > 0:
+            raise PydanticCustomError(
+                "rank", "rank goes with `curvature: diagonal_ggn`: Adam's moments have another unit than its eigenpairs"
+            )
+        return self
+
     def _describe(self) -> str:
         name = {"adam": "Adam", "diagonal_ggn": "diagonal GGN"}[self.curvature]
         return f"tuned {name}{f' + rank {self.rank}' if self.rank else ''}"

@@ -11,6 +11,7 @@ Source: the Laplace approximation, with its Gaussian integral replaced by the ex
 after Ubaru, Chen & Saad, SIAM J. Matrix Anal. Appl. 38, 1075 (2017).
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,11 +29,11 @@ from volumejax.frames import Frame, frame_of
 from volumejax.hessian import hessian_product
 from volumejax.lanczos import lanczos
 from volumejax.parallel import require_threefry
-from volumejax.priors import Gaussian, Lebesgue
+from volumejax.priors import UniformBall, UniformBox
 from volumejax.results import BoundKind, Kind, VolumeEstimate
 from volumejax.spectrum import Rule, SpectrumTrace, gauss, gauss_radau
 from volumejax.tails import LogMass, chi_square_measure, weighted_chi_square
-from volumejax.validation import check_question
+from volumejax.validation import check_question, named
 
 __all__ = ["DenseSpectrum", "LanczosSpectrum", "laplace_volume"]
 
@@ -107,7 +108,7 @@ def laplace_volume(
     spectrum: DenseSpectrum | LanczosSpectrum | None = None,
     product: Product | None = None,
 ) -> VolumeEstimate:
-    """Return the log mass of the quadratic model of the region: exact for a quadratic cost, a model for any other.
+    """Return the log mass of the quadratic model of the region: exact for a quadratic cost at its minimum.
 
     For the host. `kind` is MODEL: real regions are wider or narrower than the quadratic, by thousands of nats for
     networks, and nothing here says in which direction.
@@ -115,7 +116,7 @@ def laplace_volume(
     Args:
         key: typed threefry key, for the probes of `LanczosSpectrum`.
         cost: params -> scalar nats, twice differentiable.
-        params: the anchor, a minimum of the cost, D numbers in all.
+        params: the anchor, a minimum of the cost, D numbers in all; `status` says where a gradient is left out.
         prior: `Gaussian`, or `Lebesgue` for a log volume.
         cutoff: ε in nats, above C(θ0).
         spectrum: `DenseSpectrum()` or `LanczosSpectrum(…)`; None takes the first up to D = 1,000.
@@ -140,13 +141,13 @@ def laplace_volume(
     Reference: docs/mathematics.md, "The quadratic model".
     """
     key = require_threefry(key)
-    if not isinstance(prior, Gaussian | Lebesgue):
+    if isinstance(prior, UniformBall | UniformBox):
         raise ValueError(
             f"laplace_volume knows no walls, and {type(prior).__name__} has some; use vj.Gaussian, or vj.Lebesgue and "
             "subtract the log volume of the support where the region lies well inside"
         )
     if not isinstance(spectrum, DenseSpectrum | LanczosSpectrum | None):
-        raise ValueError(f"spectrum must be DenseSpectrum or LanczosSpectrum, got {type(spectrum).__name__}")
+        raise ValueError(f"spectrum must be DenseSpectrum or LanczosSpectrum, got {named(spectrum)}")
     params = check_question(cost, params, prior, cutoff)
     if spectrum is None:
         spectrum = DenseSpectrum() if tree.size(params) <= _DENSE else LanczosSpectrum()
@@ -160,6 +161,7 @@ def laplace_volume(
         answer, error, trace = _dense(model, whitened, spectrum)
     else:
         answer, error, trace = _lanczos(model, whitened, spectrum, key)
+    trace = dataclasses.replace(trace, descent=np.asarray(float(_descent(cost, params, whitened)) / room))
     prior_term = float(prior.anchor_term(params))
     scalars = {
         "log_mass": answer, "std_error": error, "lower": -np.inf, "upper": 0.0 if prior.proper else np.inf,
@@ -184,6 +186,16 @@ def laplace_volume(
 @eqx.filter_jit
 def _value(cost: Callable[[PyTree], Float[Array, ""]], params: PyTree) -> Float[Array, ""]:
     return cost(params)
+
+
+@eqx.filter_jit
+def _descent(cost: Callable[[PyTree], Float[Array, ""]], params: PyTree, product: "_Whitened") -> Float[Array, ""]:
+    """Return by how much the quadratic with its gradient falls along that, ½ (g·g)²/(g·Hg), in nats."""
+    slope = jax.tree.map(lambda g, s: s * g.astype(jnp.float32), jax.grad(cost)(params), product.scale)
+    with jax.enable_x64(True):
+        square, curvature = tree.dot(slope, slope), tree.dot(slope, product(slope))
+        steepest = jnp.where(square > 0.0, jnp.inf, 0.0)
+        return jnp.where(curvature > 0.0, 0.5 * square**2 / jnp.where(curvature > 0.0, curvature, 1.0), steepest)
 
 
 class _Whitened(eqx.Module):

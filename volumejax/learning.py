@@ -33,7 +33,7 @@ from volumejax.priors import Gaussian, Lebesgue
 from volumejax.release import release, sample
 from volumejax.spectrum import gauss
 from volumejax.tree import wide
-from volumejax.validation import check_deterministic, check_question
+from volumejax.validation import check_deterministic, check_question, named
 
 __all__ = ["SGLD", "Hamiltonian", "learning_coefficient"]
 
@@ -149,6 +149,8 @@ def learning_coefficient(
     params = check_question(cost, params, prior, _LARGEST)
     check_deterministic(cost, params)
     anchor_cost = float(_value(cost, params))
+    if not isinstance(sampler, Hamiltonian | SGLD):
+        raise ValueError(f"sampler must be vj.Hamiltonian() or vj.SGLD(), got {named(sampler)}")
     if isinstance(sampler, SGLD):
         costs, acceptance, step, gradients = _langevin(key, cost, params, prior, beta, gamma, sampler)
     else:

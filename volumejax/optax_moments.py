@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree
 
 from volumejax.optax_states import (
     FACTORED,
+    INSTEAD,
     NOVOGRAD,
     Decay,
     Found,
@@ -24,10 +25,6 @@ from volumejax.tree import is_traced
 
 __all__ = ["first_moments", "second_moments"]
 
-_INSTEAD = (
-    "use curvature instead, curvature_proposal(diagonal_ggn(apply_fn, params, inputs), params, prior, cutoff=...), "
-    "or Isotropic()"
-)
 _FORGOTTEN = "opt_state is missing; pass the state of the optimizer, to a VolumeProbe as its last argument"
 
 
@@ -43,13 +40,15 @@ def second_moments(opt_state: Any, params: PyTree, *, b2: ArrayLike | None = Non
     |---|---|
     | adam, adamw, nadam, nadamw, lamb, yogi, ademamix | v / (1 − b2^t) |
     | amsgrad | the same from its current v (`nu`), not the running maximum (`nu_max`) that it divides by |
-    | adabelief | the same from its v, which is central: the mean square deviation of g from its running mean |
+    | adabelief, acprop | the same from its v, which is central: the mean square deviation of g from its running mean |
     | rmsprop, plain or centred; adadelta | v uncorrected (no count is kept); of a centred one the raw v, not v − m² |
     | rmsprop with bias correction; schedule-free adamw | v / (1 − decay^t) |
     | novograd | its one number for each leaf, a running mean of \|g\|², divided by the leaf's size |
     | adafactor | rows × columns / mean of the rows; leaves too small to be factored as they are |
 
-    Adamax keeps a largest gradient in a state that cannot be told from Adam's: do not pass it.
+    Some states cannot be told from others by what they hold. Do not pass those of adamax and adamaxw, which keep a
+    largest gradient where Adam has its moments, nor that of adopt, whose moments start from the first gradient. Of a
+    schedule-free rmsprop with bias correction give `b2`: it looks like the schedule-free adamw.
 
     Args:
         opt_state: an optax state, bare or restored as nested dicts and lists; or the flax TrainState or nnx.Optimizer
@@ -63,8 +62,8 @@ def second_moments(opt_state: Any, params: PyTree, *, b2: ArrayLike | None = Non
         A pytree with the structure of `params`, in squared units of the gradient. NaN where, under jit, a count is 0.
 
     Raises:
-        ValueError: no second moments (sgd, lion); no update made yet; parameters without moments (masked, frozen),
-            or with several; moments that do not match the parameters.
+        ValueError: no second moments (sgd, lion), or none of the parameters themselves (galore); no update made yet;
+            parameters without moments (masked, frozen), or with several; moments that do not match the parameters.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -83,7 +82,7 @@ def second_moments(opt_state: Any, params: PyTree, *, b2: ArrayLike | None = Non
             raise ValueError(_FORGOTTEN)
         raise ValueError(
             f"the optimizer state ({', '.join(kinds_of(opt_state))}) holds no second moments, as Adam, RMSProp or "
-            f"Adafactor would keep; {_INSTEAD}"
+            f"Adafactor would keep; {INSTEAD}"
         )
     shapes = {path: jnp.shape(leaf) for path, leaf in by_path(params).items()}
     return _assemble([(state.layout.name, _second(state, shapes, b2)) for state in found], params, "second")

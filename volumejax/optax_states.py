@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 __all__ = [
-    "ADAM", "FACTORED", "NOVOGRAD", "Decay", "Found", "Layout", "Path", "by_path", "find_moments", "kinds_of", "spell",
+    "ADAM", "FACTORED", "INSTEAD", "NOVOGRAD", "Decay", "Found", "Layout", "Path", "by_path", "find_moments",
+    "kinds_of", "spell",
 ]  # fmt: skip
 
 Path = tuple[str, ...]
@@ -70,7 +71,12 @@ _LAYOUTS = (
 _BY_NAME = {layout.name: layout for layout in _LAYOUTS}
 # Of several kinds with the same fields the first counts.
 _BY_FIELDS = {layout.fields: layout for layout in reversed(_LAYOUTS)}
-_SCHEDULE_FREE = "base_optimizer_state"
+_SCHEDULE_FREE, _GALORE = frozenset({"base_optimizer_state", "z"}), frozenset({"base_optimizer_state", "projector"})
+"""Fields by which these wrappers are known."""
+INSTEAD = (
+    "use curvature instead, curvature_proposal(diagonal_ggn(apply_fn, params, inputs), params, prior, cutoff=...), "
+    "or Isotropic()"
+)
 
 
 def by_path(tree: PyTree) -> dict[Path, Any]:
@@ -96,6 +102,9 @@ def find_moments(opt_state: Any, params: PyTree) -> list[Found]:
         opt_state: an optax state with any wrappers, a flax TrainState or nnx.Optimizer, or any of these restored as
             bare containers.
         params: the parameters, by whose paths copies of them inside the state are told from states.
+
+    Raises:
+        ValueError: moments in another basis than that of the parameters (GaLore).
     """
     return list(_walk(opt_state, frozenset(by_path(params)), {}))
 
@@ -122,7 +131,9 @@ def _walk(node: Any, known: frozenset[Path], injected: Mapping[str, Any]) -> Ite
         yield Found(layout, fields, injected)
         return
     injected = {**injected, **_hyperparameters(fields)}
-    if _SCHEDULE_FREE in fields:
+    if _GALORE <= fields.keys():
+        raise ValueError(f"GaLore keeps the moments of projected gradients, not those of the parameters; {INSTEAD}")
+    if _SCHEDULE_FREE <= fields.keys():
         # The schedule-free Adam keeps its second moments in an RMS state, but with Adam's decay rate.
         injected.setdefault("decay", injected.get("b2", _B2.default))
     for child in fields.values():

@@ -14,6 +14,7 @@ except ImportError as error:
 
 from volumejax.plots import COLOURS, INK, MUTED, PAPER, RULE, STYLE, WIDTH
 from volumejax.records import Row, Run
+from volumejax.table import is_mixed
 
 _HEIGHT = 3.4
 _FEWEST = 10
@@ -48,13 +49,16 @@ def _guessing(rows: list[Row], cost: str) -> Figure:
         cutoffs, log_mass, error = (
             np.asarray(row.chains[f"curve_{name}"], np.float64) for name in ("cutoffs", "log_mass", "std_error")
         )
+        dash, label = ":" if "star" in row.label else "-", row.label.replace("$", r"\$")
+        if not (row.from_particles or is_mixed(row)):
+            axis.plot(cutoffs, log_mass / math.log(10.0), color=shade, lw=0.8, ls=dash, alpha=0.5, zorder=2)
+            entries.append(Line2D([], [], color=shade, lw=0.8, ls=dash, alpha=0.5, label=f"{label}, not mixed"))
+            continue
         known = np.isfinite(log_mass) & np.isfinite(error) & (error <= _KNOWN)
         value, width = log_mass / math.log(10.0), np.where(known, 1.96 * error, 0.0) / math.log(10.0)
         axis.fill_between(cutoffs, value - width, value + width, where=known, color=shade, alpha=0.3, lw=0, zorder=1)
-        dash = ":" if "star" in row.label else "-"
         axis.plot(cutoffs, value, color=shade, lw=1.6, ls=dash, zorder=2)
         axis.plot(cutoffs[~known], value[~known], "o", color=shade, mfc=PAPER, ms=4, mew=1.0, zorder=3)
-        label = row.label.replace("$", r"\$")
         entries.append(Line2D([], [], color=shade, lw=1.6, ls=dash, label=label))
         if row.from_particles:
             entries += _prior_draws(axis, row)

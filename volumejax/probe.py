@@ -14,10 +14,11 @@ from jaxtyping import Array, Float, Integer, Key, PyTree
 from volumejax.behaviours import Behaviour
 from volumejax.casting import NUM_SCOUTS
 from volumejax.parallel import default_batch_size, require_threefry
-from volumejax.proposals import Isotropic
+from volumejax.proposals import Diagonal, Isotropic
 from volumejax.rays import ray_volume
 from volumejax.results import RayBatch, Status, VolumeEstimate
 from volumejax.tree import check_floating, size
+from volumejax.validation import named
 
 __all__ = ["VolumeProbe"]
 
@@ -93,10 +94,12 @@ class VolumeProbe(eqx.Module):
         if not callable(self.behaviour) or isinstance(self.behaviour, Behaviour):
             what = "the cost of one network" if callable(self.behaviour) else type(self.behaviour).__name__
             raise ValueError(f"behaviour must be a function (params, data) -> cost, got {what}; {_SUCH_AS}")
-        if not (hasattr(self.proposal, "draw") or callable(self.proposal)):
+        if isinstance(self.prior, type) or not hasattr(self.prior, "check"):
+            raise ValueError(f"prior must be one such as vj.Gaussian(sigma=0.5), got {named(self.prior)}")
+        if isinstance(self.proposal, type) or not (hasattr(self.proposal, "draw") or callable(self.proposal)):
             raise ValueError(
                 "proposal must be a proposal or a function (opt_state, params, prior) -> proposal, got "
-                f"{type(self.proposal).__name__}; pass Isotropic() or functools.partial(adam_proposal, beta=...)"
+                f"{named(self.proposal)}; pass Isotropic() or functools.partial(adam_proposal, beta=...)"
             )
 
     def __call__(
@@ -174,6 +177,9 @@ def _probe(
         )
         # Where training has diverged, or the optimizer has no moments yet, there is no number, not even a bound.
         sound = _is_finite((anchor, proposal))
+        if isinstance(proposal, Diagonal):
+            # Of an infinite moment nothing is left but a scale of zero.
+            sound &= jnp.all(jnp.stack([jnp.all(s > 0.0) for s in jax.tree.leaves(proposal.scale)]))
         return {name: jnp.where(sound, value, jnp.nan) for name, value in _scalars(estimate).items()}
 
     missing = {name: jnp.full((), jnp.nan, jnp.result_type(float)) for name in (*_NUMBERS, *_COUNTS)}

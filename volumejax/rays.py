@@ -27,7 +27,7 @@ from volumejax.proposals import Isotropic
 from volumejax.regions import Star
 from volumejax.results import BoundKind, Kind, RayBatch, Status, VolumeEstimate, to_host
 from volumejax.tree import is_traced
-from volumejax.validation import attainable, check_question
+from volumejax.validation import attainable, check_question, named
 
 __all__ = ["ray_stream", "ray_volume"]
 
@@ -195,9 +195,9 @@ def _pose(
     if cutoff is None:
         raise ValueError("cutoff must be a positive number of nats, got None; 0.01 is a common one")
     params = check_question(cost, params, prior, cutoff)
-    if not hasattr(proposal, "draw"):
+    if isinstance(proposal, type) or not hasattr(proposal, "draw"):
         raise ValueError(
-            f"proposal must be one such as Isotropic() or Diagonal(...), got {type(proposal).__name__}; call what "
+            f"proposal must be one such as Isotropic() or Diagonal(...), got {named(proposal)}; call what "
             "makes it, e.g. adam_proposal(opt_state, params, prior, cutoff=...)"
         )
     proposal.check(params)

@@ -22,9 +22,10 @@ REPORT_FILE, FIGURE_FOLDER = "report.html", "figures"
 
 CAPTIONS = {
     "guessing": (
-        "The chance that a random draw from the prior is this good, over what counts as good. Crosses are draws from "
-        "the prior, counted; where none of them passes any more, particles say how it goes on, with a band of two "
-        "standard errors. Chains around the trained network, where there are any, see a part of the same region."
+        "The chance that a random draw from the prior is this good, over what counts as good. Crosses, as far down as "
+        "enough draws from the prior pass, count those; where none passes any more, particles say how it goes on. "
+        "Bands are 95 %; an open circle has an error above 3 nats and no band. Chains around the trained network, if "
+        "any, see a part of the same region; of those that have not mixed, drawn thin, only the bound may be quoted."
     ),
     "coefficients": (
         "Above, learning coefficients as the chains find them over the exact values: on the line they agree. Crosses "
@@ -67,7 +68,8 @@ CAPTIONS = {
         "and the best of many candidates is a maximum, so open symbols lie a little high."
     ),
     "curve": (
-        "Above, log mass at each smaller cutoff as well, with a 95 % band, from the same chains. Below, what that "
+        "Above, log mass at each smaller cutoff as well, with a 95 % band, from the same chains; a thin line is of "
+        "chains that have not mixed, of which only the table's bound may be quoted. Below, what that "
         "curve gains per factor e in the cutoff, averaged (learning coefficient, with a 95 % band) and from the spread "
         "of the cost (heat capacity): they agree where mass is a pure power of the cutoff."
     ),

@@ -217,9 +217,15 @@ class VolumeEstimate(eqx.Module):
     def _island_remarks(self, kind: Kind, trace: IslandTrace) -> list[str]:
         remarks = []
         if kind is Kind.NOT_MIXED:
+            empty = int(np.sum(~np.isfinite(np.asarray(trace.log_weights))))
+            what = (
+                f"{empty} of {len(trace.log_weights)} islands never came inside"
+                if empty
+                else f"the islands' log weights scatter by {trace.scatter:.2f} nats"
+            )
             remarks.append(
-                f"not converged: the islands' log weights scatter by {trace.scatter:.2f} nats; only `lower` may be "
-                "quoted; raise effort or num_particles"
+                f"not converged: {what}; only `lower` may be quoted; raise effort or num_particles, and where the cost "
+                "has steps, as an error rate, ask for a smooth one such as a loss"
             )
         elif kind is Kind.LOWER_BOUND:
             remarks.append("a lower bound: too few islands are done for an error")
@@ -284,12 +290,18 @@ class VolumeEstimate(eqx.Module):
         return "\n".join(
             [
                 f"{head}  [{self.region} region]",
-                f"  prior term {float(self.prior_term):.2f}, volume term {float(self.volume_term):.2f}, "
-                f"{float(self.bits):.1f} bits",
+                f"  {self._terms()}",
                 evidence,
                 f"  status: {self.status}",
             ]
         )
+
+    def _terms(self) -> str:
+        """Return the two terms, where there is an anchor, and the complexity in bits."""
+        bits = f"{float(self.bits) + 0.0:.1f} bits" if np.isfinite(self.bits) else "no finite number of bits"
+        if np.isnan(self.prior_term):
+            return bits
+        return f"prior term {float(self.prior_term):.2f}, volume term {float(self.volume_term):.2f}, {bits}"
 
     def to_datatree(self) -> Any:
         """Return the estimate as an `xarray.DataTree`: scalars at the root, arrays under `/trace` and `/curve`.

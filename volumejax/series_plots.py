@@ -140,7 +140,7 @@ def _dampings(run: Run, damped: Sequence[Row]) -> Figure:
     for i, row in enumerate(levels):
         style = {"color": colour(row), "ls": _DASHES[(i + 1) % len(_DASHES)], "lw": 1.2}
         axis.axhline(float(row.estimate["mean_log_weight"]), **style)
-        entries.append(Line2D([], [], label=method(row), **style))
+        entries.append(Line2D([], [], label=f"{method(row)}, mean", **style))
     axis.set_xscale("log")
     axis.set_xlabel(f"damping (units of the curvature's power), {_place(damped[0], run)}")
     axis.set_ylabel("log mass (nats)")
@@ -166,7 +166,7 @@ def _exponents(run: Run) -> Figure:
         found = [_best_candidate(row, power) for power in powers]
         mean, error = (row.sweep[name][found] for name in ("mean_log_weight", "std_error"))
         axis.errorbar(powers, mean, np.where(np.isfinite(error), error, 0.0), capsize=2.5, **style)
-        entries.append(Line2D([], [], label=f"{method(row)}, pilot", **style))
+        entries.append(Line2D([], [], label=f"{method(row)}, best of the pilot", **style))
     for i, (name, rows) in enumerate(fixed.items()):
         rows = sorted(rows, key=lambda row: row.position["exponent"])
         style = {**_look(rows[0], len(tuned) + i), "color": _SPARE[i % len(_SPARE)]}

@@ -20,6 +20,9 @@ __all__ = ["Rule", "SpectrumTrace", "Tridiagonal", "gauss", "gauss_radau"]
 
 Vector = NDArray[np.float64]
 
+_NOTABLE = 0.01
+"""Share from which on a gradient at the anchor is worth a remark."""
+
 
 class Tridiagonal(NamedTuple):
     """What Lanczos leaves behind: T, the norm that step k + 1 would have started from, and |v|²."""
@@ -58,6 +61,9 @@ class SpectrumTrace(eqx.Module):
     """Curvature–vector products."""
     negative: Float[np.ndarray, ""]
     """Most negative curvature seen, 0 if none; such directions count as flat."""
+    descent: Float[np.ndarray, ""] = eqx.field(default_factory=lambda: np.zeros(()))
+    """By how much the cost falls along its gradient at the anchor, which the model leaves out, as a share of the cutoff
+    less the cost there."""
 
     def labelled(self) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
         """Return the arrays with the names of their axes."""
@@ -67,6 +73,16 @@ class SpectrumTrace(eqx.Module):
     def remarks(self) -> list[str]:
         """Return what a reader must know about the spectrum."""
         remarks = []
+        if not np.any(self.nodes):
+            remarks.append(
+                "no curvature at all, as of an error rate, so that the model says nothing; use a smooth cost"
+            )
+        if self.descent > _NOTABLE:
+            remarks.append(
+                f"along its gradient the cost falls below the anchor's by {100.0 * float(self.descent):.3g} % of what "
+                "the cutoff leaves, and the model has no gradient: move the anchor to the minimum, or take a cost that "
+                "is smallest at the anchor such as kl_to_anchor"
+            )
         if self.negative < 0.0:
             remarks.append(
                 f"curvature down to {float(self.negative):.3g}: the anchor is no minimum; such directions count as flat"

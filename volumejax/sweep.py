@@ -165,17 +165,22 @@ def tune_proposal(
     params = check_question(cost, params, prior, cutoff)
     if num_pilot_rays < 2:
         raise ValueError(f"num_pilot_rays must be at least 2, got {num_pilot_rays}")
+    if not len(shifts):
+        raise ValueError("shifts is empty; give True, False or both")
     for name, values in (("betas", betas), ("exponents", exponents), ("dampings", dampings)):
         if values is not None and not all(value >= 0.0 and math.isfinite(value) for value in values):
             raise ValueError(f"{name} must be finite and not negative, got {tuple(values)}")
         if values is not None and not len(values):
             raise ValueError(f"{name} is empty; give it at least one value, or leave it out")
     model = curvature_model(curvature, params, eigenpairs)
+    lanes = min(num_pilot_rays, default_batch_size(tree.size(params)))
+    # Each candidate holds as many vectors as it traces rays, and its own low-rank part.
+    vectors = lanes + (0 if model.values is None else len(model.values))
     pilot = _Pilot(
         key=jax.random.fold_in(key, _PILOT), cost=cost, params=params, prior=prior, model=model,
         cutoff=jnp.asarray(cutoff, jnp.float32), tolerance=jnp.asarray(tolerance, jnp.float32),
-        num_rays=num_pilot_rays, max_evaluations=max_evaluations,
-        together=max(1, default_batch_size(tree.size(params)) // num_pilot_rays),
+        num_rays=num_pilot_rays, lanes=lanes, max_evaluations=max_evaluations,
+        together=max(1, default_batch_size(tree.size(params)) // vectors),
     )  # fmt: skip
     candidates = _candidates(pilot, cutoff, betas, _EXPONENTS if exponents is None else exponents, dampings, shifts)
     log_weights, _ = pilot.send(candidates)
@@ -214,6 +219,8 @@ class _Pilot(eqx.Module):
     cutoff: Float[Array, ""]
     tolerance: Float[Array, ""]
     num_rays: int = eqx.field(static=True)
+    lanes: int = eqx.field(static=True)
+    """Rays of a candidate traced at once."""
     max_evaluations: int = eqx.field(static=True)
     together: int = eqx.field(static=True)
     """Candidates traced at once."""
@@ -234,7 +241,7 @@ def _trace(pilot: _Pilot, candidates: Float[Array, "together 4"]) -> tuple[Array
         proposal = tempered(pilot.model.bent(exponent, damping), pilot.params, pilot.prior, beta, shift)
         rays: Any = ray_volume(
             pilot.key, pilot.cost, pilot.params, pilot.prior, cutoff=pilot.cutoff, proposal=proposal,
-            num_rays=pilot.num_rays, tolerance=pilot.tolerance, batch_size=pilot.num_rays, audit_fraction=0.0,
+            num_rays=pilot.num_rays, tolerance=pilot.tolerance, batch_size=pilot.lanes, audit_fraction=0.0,
             max_evaluations=pilot.max_evaluations,
         ).trace  # fmt: skip
         return rays.log_weight, rays.radius
@@ -253,14 +260,14 @@ def _candidates(
     """Return the product of what was given; where β is not, around the one that matches the rays' own reach."""
     flat = _is_flat(pilot)
     shifts = sorted({bool(shift) and hasattr(pilot.prior, "displacement") for shift in shifts})
-    # Rays of the prior's own shape, or round ones: what every other candidate has to beat.
-    plain = np.array([[1.0, 0.0, 0.0, 0.0] if flat else [0.0, 0.5, 0.0, 0.0]])
-    rows = [] if flat and betas is not None else [plain]
-    reach = math.inf
+    rows, reach = [], math.inf
     if betas is None and not flat:
-        radius = pilot.send(plain)[1]
+        # Rays of the prior's own shape: what every other candidate has to beat.
+        radius = pilot.send(np.array([[0.0, 0.5, 0.0, 0.0]]))[1]
         reach = float(np.median(radius[radius > 0.0])) if np.any(radius > 0.0) else math.inf
-        rows += [np.array([[0.0, 0.5, 0.0, 1.0]])] if True in shifts else []
+        rows += [np.array([[0.0, 0.5, 0.0, float(shift)] for shift in shifts])]
+    elif betas is None and pilot.model.values is None:
+        rows += [np.array([[1.0, 0.0, 0.0, 0.0]])]  # round ones
     for exponent in exponents:
         size = _root_mean_square(pilot.model.bent(exponent, 0.0), pilot.params)
         for damping in [share * size for share in _SHARES] if dampings is None else dampings:

@@ -115,13 +115,14 @@ def filled(rows: Sequence[Cells]) -> tuple[str, ...]:
     return tuple(name for i, name in enumerate(Cells._fields) if any(row[i] for row in rows))
 
 
-def claim(estimate: Mapping[str, Scalar]) -> str:
+def claim(estimate: Mapping[str, Scalar], unit: str = "") -> str:
     """What may be claimed: ``value ± standard error``, or ``≥ lower`` for a bound.
 
     A * marks a bound that nothing certifies; "not mixed" one whose chains contradict each other.
 
     Args:
         estimate: `VolumeEstimate.to_dict()`, in nats.
+        unit: what follows the number.
 
     Example:
         >>> claim({"kind": "lower_bound", "bound_kind": "certified", "lower": -9.91})
@@ -130,13 +131,18 @@ def claim(estimate: Mapping[str, Scalar]) -> str:
     if is_bound(estimate):
         star = "" if estimate["bound_kind"] == "certified" else " *"
         mixed = ", not mixed" if estimate["kind"] == "not_mixed" else ""
-        return f"≥ {round_down(float(estimate['lower']), 1)}{star}{mixed}"
-    return plus_minus(estimate["log_mass"], estimate["std_error"])
+        return f"≥ {round_down(float(estimate['lower']), 1)}{unit}{star}{mixed}"
+    return plus_minus(estimate["log_mass"], estimate["std_error"]) + unit
 
 
 def is_bound(estimate: Mapping[str, Scalar]) -> bool:
     """Whether the result may only be quoted as a lower bound."""
     return estimate["kind"] != "estimate"
+
+
+def is_mixed(row: Row) -> bool:
+    """Whether the passes of chains, or the islands of particles, agree with each other."""
+    return row.estimate["kind"] != "not_mixed"
 
 
 def recorded(row: Row) -> str:

@@ -217,7 +217,7 @@ def temper_stream(
     if not isinstance(prior, Gaussian | UniformBox | UniformBall):
         raise ValueError(f"prior must be one such as vj.Gaussian(sigma=1.0), got {prior!r}")
     tree.check_floating(like, "like")
-    like = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    like = jax.tree.map(lambda x: jnp.zeros_like(jnp.asarray(x)), like)
     middle = check_region(cost, prior.middle(like), prior, cutoff)
     check_deterministic(cost, middle)
     cutoff = float(attainable(cutoff, cost, middle))

@@ -164,7 +164,7 @@ def _so_far(progress: "Progress") -> str:
     value = progress.estimate.to_dict()
     if table.is_bound(value) and progress.unit == "%" and not math.isfinite(float(value["lower"])):
         return ""
-    return f"{table.claim(value)} nats, "
+    return f"{table.claim(value, unit=' nats')}, "
 
 
 def _wide(rows: list[table.Cells], columns: Sequence[str]) -> Table:

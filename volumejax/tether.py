@@ -35,7 +35,7 @@ from volumejax.regions import Connected, Star
 from volumejax.results import VolumeEstimate, last_estimate
 from volumejax.summary import Plan, summarise
 from volumejax.tally import COOLING, HEATING, Tally
-from volumejax.validation import attainable, check_deterministic, check_question
+from volumejax.validation import attainable, check_deterministic, check_question, named
 
 __all__ = ["tether_stream", "tether_volume"]
 
@@ -191,7 +191,7 @@ def tether_stream(
     """
     key = require_threefry(key)
     if not isinstance(region, Star | Connected):
-        raise ValueError(f"region must be vj.Star() or vj.Connected(), got {type(region).__name__}")
+        raise ValueError(f"region must be vj.Star() or vj.Connected(), got {named(region)}")
     for name, value in (("effort", effort), ("beta_factor", beta_factor)):
         if not (math.isfinite(value) and value > 0.0):
             raise ValueError(f"{name} must be a positive number, got {value}")

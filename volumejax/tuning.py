@@ -30,6 +30,10 @@ __all__ = [
 ]
 
 
+_MOST_BEYOND = 0.5
+"""Share of what eigenpairs explain that may lie beyond the diagonal, for one that is itself an estimate."""
+
+
 def adam_proposal(
     opt_state: Any,
     params: PyTree,
@@ -135,7 +139,8 @@ def curvature_proposal(
         params: the anchor.
         prior: supplies Λ and m; flat priors have Λ = 0, and then H must be positive definite.
         eigenpairs: the stiffest directions of H beside its diagonal. The diagonal is then lowered by what they explain
-            of it, down to 0, so that nothing counts twice. Negative eigenvalues count as 0.
+            of it, down to 0, so that nothing counts twice. Both must be in one unit: not an optimizer's moments with
+            these. Negative eigenvalues count as 0.
         beta: inverse temperature, the literature's nβ; None takes `matching_beta` of the cutoff.
         cutoff: ε in nats, needed where beta is None.
         shift: whether to use the mean μ; it matters at large cutoffs and can hurt at small ones.
@@ -199,7 +204,7 @@ def curvature_model(curvature: PyTree, params: PyTree, eigenpairs: Eigenpairs | 
         eigenpairs: as for `curvature_proposal`.
 
     Raises:
-        ValueError: shapes that do not fit, negative entries of the diagonal, NaN.
+        ValueError: shapes that do not fit, negative entries of the diagonal, NaN, eigenpairs of another curvature.
     """
     if isinstance(curvature, Eigenpairs):
         if eigenpairs is not None:
@@ -217,8 +222,22 @@ def curvature_model(curvature: PyTree, params: PyTree, eigenpairs: Eigenpairs | 
         raise ValueError("the vectors of eigenpairs do not have the parameters' structure and (rank, *leaf shape)")
     values = jnp.maximum(eigenpairs.values, 0.0)
     explained = jax.tree.map(lambda u: jnp.tensordot(values, u**2, 1), eigenpairs.vectors)
+    _check_share(diagonal, explained)
     rest = jax.tree.map(lambda h, part: jnp.maximum(h - part, 0.0), diagonal, explained)
     return CurvatureModel(rest, values, eigenpairs.vectors)
+
+
+def _check_share(diagonal: PyTree, explained: PyTree) -> None:
+    """Raise a ValueError where the eigenpairs hold far more than the diagonal, and so are of another curvature."""
+    pairs = list(zip(jax.tree.leaves(diagonal), jax.tree.leaves(explained), strict=True))
+    beyond = sum(float(jnp.sum(jnp.maximum(e - h, 0.0))) for h, e in pairs)
+    whole, present = (sum(float(jnp.sum(x)) for x in parts) for parts in zip(*((e, h) for h, e in pairs), strict=True))
+    if present > 0.0 and beyond > _MOST_BEYOND * whole:
+        raise ValueError(
+            f"the eigenpairs explain {whole:.3g} of a curvature whose diagonal sums to {present:.3g}: they are not of "
+            "one and the same; an optimizer's moments have another unit than the Gauss-Newton matrix. Leave eigenpairs "
+            "out, or give that matrix's own diagonal"
+        )
 
 
 def matching_beta(

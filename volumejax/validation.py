@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from volumejax import tree
 from volumejax.tree import is_traced
 
-__all__ = ["attainable", "check_deterministic", "check_question", "check_region"]
+__all__ = ["attainable", "check_deterministic", "check_question", "check_region", "named"]
 
 
 def check_question(cost: Callable[[PyTree], Float[Array, ""]], params: PyTree, prior: Any, cutoff: ArrayLike) -> PyTree:
@@ -44,7 +44,10 @@ def check_region(cost: Callable[[PyTree], Float[Array, ""]], params: PyTree, pri
     if jnp.ndim(cutoff) != 0:
         raise ValueError(f"cutoff must be a scalar, got shape {jnp.shape(cutoff)}; vmap over cutoffs instead")
     if not is_traced(cutoff) and not (float(np.asarray(cutoff)) > 0.0 and np.isfinite(float(np.asarray(cutoff)))):
-        raise ValueError(f"cutoff must be a positive, finite number of nats, got {cutoff}")
+        raise ValueError(
+            f"cutoff must be a positive, finite number of nats, got {cutoff}; for no error at all among n examples "
+            "give an error rate below 1/n"
+        )
     _check_scalar(cost, params)
     return params
 
@@ -55,6 +58,11 @@ def attainable(cutoff: ArrayLike, cost: Callable[[PyTree], Float[Array, ""]], pa
         return jnp.asarray(cutoff)
     wanted = np.asarray(cutoff, np.float64)
     return np.asarray(np.maximum(wanted, wanted.astype(eqx.filter_eval_shape(cost, params).dtype).astype(np.float64)))
+
+
+def named(value: Any) -> str:
+    """Return what a value is, for messages; a class in place of an instance is called one."""
+    return f"the class {value.__name__}, not an instance of it" if isinstance(value, type) else type(value).__name__
 
 
 def check_deterministic(cost: Callable[[PyTree], Float[Array, ""]], params: PyTree) -> None:
@@ -70,8 +78,7 @@ def check_deterministic(cost: Callable[[PyTree], Float[Array, ""]], params: PyTr
 
 def _check_prior(prior: Any) -> None:
     if isinstance(prior, type) or not hasattr(prior, "check"):
-        what = f"the class {prior.__name__}" if isinstance(prior, type) else type(prior).__name__
-        raise ValueError(f"prior must be one such as vj.Gaussian(sigma=0.5) or vj.Lebesgue(), got {what}")
+        raise ValueError(f"prior must be one such as vj.Gaussian(sigma=0.5) or vj.Lebesgue(), got {named(prior)}")
 
 
 def _check_finite(params: PyTree) -> None:
@@ -85,7 +92,15 @@ def _check_finite(params: PyTree) -> None:
 
 
 def _check_scalar(cost: Callable[[PyTree], Any], params: PyTree) -> None:
-    out = eqx.filter_eval_shape(cost, params)
+    try:
+        out = eqx.filter_eval_shape(cost, params)
+    except (TypeError, ValueError, jax.errors.JAXTypeError) as error:
+        shapes = jax.tree.map(lambda x: x.shape, params)
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"the cost fails on parameters of shapes {shapes} ({type(error).__name__}: {reason}); it must take such "
+            "parameters and be written with jax.numpy"
+        ) from error
     if not (eqx.is_array(out) or isinstance(out, jax.ShapeDtypeStruct)):
         raise ValueError(f"cost must return one scalar in nats, got {type(out).__name__}; drop auxiliary outputs")
     if out.shape != ():
