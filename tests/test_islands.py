@@ -1,9 +1,11 @@
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
 from volumejax.islands import IslandTrace
+from volumejax.results import Kind
 
 
 def trace(log_weights, **values):
@@ -45,3 +47,12 @@ def test_remarks_name_what_is_wrong():
     assert trace([0.0, 0.0], non_finite=np.asarray(0.0)).remarks() == []
     told = " ".join(trace([0.0, 0.0], progress=np.asarray(0.5), acceptance=np.array([1.0, 0.01, 0.5])).remarks())
     assert "50 % of the islands" in told and "25 % of draws" in told and "hardly move" in told
+
+
+def test_islands_that_never_came_inside_are_counted(make_estimate):
+    estimate = dataclasses.replace(
+        make_estimate([-1.0, -2.0]), trace=trace([-1.0, -np.inf, -np.inf]), kind=np.asarray(Kind.NOT_MIXED, np.int32)
+    )
+    assert "2 of 3 islands never came inside; a cost without steps" in estimate.status
+    scattered = dataclasses.replace(estimate, trace=trace([-1.0, -9.0, -3.0]))
+    assert "scatter by 4.16 nats" in scattered.status and "without steps" not in scattered.status

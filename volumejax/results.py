@@ -219,14 +219,12 @@ class VolumeEstimate(eqx.Module):
         if kind is Kind.NOT_MIXED:
             empty = int(np.sum(~np.isfinite(np.asarray(trace.log_weights))))
             what = (
-                f"{empty} of {len(trace.log_weights)} islands never came inside"
+                f"{empty} of {len(trace.log_weights)} islands never came inside; a cost without steps, a loss in place "
+                "of an error rate, would lead them"
                 if empty
                 else f"the islands' log weights scatter by {trace.scatter:.2f} nats"
             )
-            remarks.append(
-                f"not converged: {what}; only `lower` may be quoted; raise effort or num_particles, and where the cost "
-                "has steps, as an error rate, ask for a smooth one such as a loss"
-            )
+            remarks.append(f"not converged: {what}; only `lower` may be quoted; raise effort or num_particles")
         elif kind is Kind.LOWER_BOUND:
             remarks.append("a lower bound: too few islands are done for an error")
         return remarks + trace.remarks()
