@@ -1,7 +1,8 @@
 """What the tether costs: standard error, gap of the lower bound and hysteresis against gradients and seconds.
 
 Run with a list of problems, e.g. ``python benchmarks/tether.py reference digits``; ``--effort`` scales the work.
-``calibration`` takes 200 seeds of three cheap problems instead and says how well their errors and bounds hold.
+``calibration`` takes 200 seeds of three cheap problems instead and says how well their errors and bounds hold, ``gain``
+eight seeds of three problems and says what escorts and Bennett's ratio save against integration along the ladder.
 ``mnist`` needs ``--mnist FOLDER`` with the IDX files of the training images and labels, packed with gzip or not.
 """
 
@@ -110,7 +111,9 @@ def jobs(name: str, folder: str | None) -> list[Job]:
         if folder is None:
             raise SystemExit("mnist needs --mnist FOLDER, where the IDX files are")
         return [mnist(folder)]
-    raise SystemExit(f"unknown problem {name!r}; choose from calibration, reference, large, neuron, digits, mnist")
+    raise SystemExit(
+        f"unknown problem {name!r}; choose from calibration, gain, reference, large, neuron, digits, mnist"
+    )
 
 
 def calibrate(num_seeds: int) -> None:
@@ -142,6 +145,31 @@ def calibrate(num_seeds: int) -> None:
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
+def compare(num_seeds: int) -> None:
+    """Print root mean square errors of four readings of the same runs, and how far the bound lies below the truth."""
+    print("| problem | escort | Bennett's ratio | integrated | with the virial | bound below the truth | not mixed |")
+    print("|---|---|---|---|---|---|---|")
+    for problem, effort in (
+        (reference.quadratic(np.ones(1000), cutoff=0.5), 0.05),
+        (reference.quadratic(1 / np.arange(1, 101), cutoff=1e-3), 0.03),
+        (reference.tanh_neuron(3, 5, cutoff=1e-4), 0.03),
+    ):
+        for escort in (1.0, 0.0):
+            made = [
+                vj.tether_volume(
+                    jax.random.key(seed), problem.cost, problem.params, problem.prior,
+                    cutoff=problem.cutoff, effort=effort, escort=escort, decades=0.0,
+                )
+                for seed in range(num_seeds)
+            ]  # fmt: skip
+            off = np.array([(e.log_mass, e.trace.integrated, e.trace.integrated_virial) for e in made], float)
+            errors = np.sqrt(np.mean((off - problem.log_mass) ** 2, axis=0))
+            below = np.mean([problem.log_mass - e.lower for e in made])
+            cells = (problem.name, f"{escort:g}", *(f"{x:.2f}" for x in (*errors, below)),
+                     f"{sum(e.kind != vj.Kind.ESTIMATE for e in made)} of {num_seeds}")  # fmt: skip
+            print(f"| {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("problems", nargs="+")
@@ -152,7 +180,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if "calibration" in arguments.problems:
         calibrate(num_seeds=200)
-    problems = [name for name in arguments.problems if name != "calibration"]
+    if "gain" in arguments.problems:
+        compare(num_seeds=8)
+    problems = [name for name in arguments.problems if name not in ("calibration", "gain")]
     if not problems:
         return
     print(
