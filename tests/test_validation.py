@@ -7,7 +7,7 @@ import pytest
 
 from volumejax.priors import Gaussian, UniformBox
 from volumejax.tree import is_traced
-from volumejax.validation import attainable, check_deterministic, check_question
+from volumejax.validation import check_deterministic, check_question
 
 PARAMS = {"w": jnp.array([0.5, -0.5]), "b": jnp.array(0.25)}
 PRIOR = Gaussian(1.0)
@@ -78,8 +78,8 @@ def test_questions_that_make_no_sense(changed, message):
 
 @pytest.mark.parametrize("cutoff", [0.01, 1, np.float64(1e-8), np.float32(0.5), jnp.float32(0.5)])
 def test_questions_that_do(cutoff):
-    assert check_question(cost, PARAMS, PRIOR, cutoff) == PARAMS
-    slightly_negative = check_question(shifted(-1e-9), PARAMS, PRIOR, cutoff)
+    assert check_question(cost, PARAMS, PRIOR, cutoff) == (PARAMS, cutoff)
+    slightly_negative, _ = check_question(shifted(-1e-9), PARAMS, PRIOR, cutoff)
     assert jax.tree.structure(slightly_negative) == jax.tree.structure(PARAMS)
 
 
@@ -88,13 +88,12 @@ def test_an_anchor_at_the_cutoff_is_inside_whatever_the_precision():
     for value, dtype in ((0.2, jnp.float32), (0.3, jnp.bfloat16)):
         at = lambda p, value=value, dtype=dtype: jnp.asarray(value, dtype) + 0.0 * p["b"].astype(dtype)
         assert float(at(PARAMS)) > value
-        check_question(at, PARAMS, PRIOR, value)
-        assert attainable(value, at, PARAMS) == float(at(PARAMS))
-    assert attainable(0.01, cost, PARAMS) == 0.01
+        assert check_question(at, PARAMS, PRIOR, value)[1] == float(at(PARAMS))
+    assert check_question(cost, PARAMS, PRIOR, 0.01)[1] == 0.01
 
 
 def test_numpy_parameters_become_jax_arrays():
-    params = check_question(cost, jax.tree.map(np.asarray, PARAMS), PRIOR, 0.01)
+    params, _ = check_question(cost, jax.tree.map(np.asarray, PARAMS), PRIOR, 0.01)
     assert all(isinstance(leaf, jax.Array) and leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
 
 

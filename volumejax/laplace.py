@@ -148,7 +148,7 @@ def laplace_volume(
         )
     if not isinstance(spectrum, DenseSpectrum | LanczosSpectrum | None):
         raise ValueError(f"spectrum must be DenseSpectrum or LanczosSpectrum, got {named(spectrum)}")
-    params = check_question(cost, params, prior, cutoff)
+    params, _ = check_question(cost, params, prior, cutoff)
     if spectrum is None:
         spectrum = DenseSpectrum() if tree.size(params) <= _DENSE else LanczosSpectrum()
     room = float(cutoff) - float(_value(cost, params))

@@ -146,7 +146,7 @@ def learning_coefficient(
     for name, value, least in (("beta", beta, "positive"), ("gamma", gamma, "zero or a positive number")):
         if not (math.isfinite(value) and value >= 0.0) or (name == "beta" and value == 0.0):
             raise ValueError(f"{name} must be {least}, got {value}")
-    params = check_question(cost, params, prior, _LARGEST)
+    params, _ = check_question(cost, params, prior, _LARGEST)
     check_deterministic(cost, params)
     anchor_cost = float(_value(cost, params))
     if not isinstance(sampler, Hamiltonian | SGLD):

@@ -27,7 +27,7 @@ from volumejax.proposals import Isotropic
 from volumejax.regions import Star
 from volumejax.results import BoundKind, Kind, RayBatch, Status, VolumeEstimate, to_host
 from volumejax.tree import is_traced
-from volumejax.validation import attainable, check_question, named
+from volumejax.validation import check_question, named
 
 __all__ = ["ray_stream", "ray_volume"]
 
@@ -194,7 +194,7 @@ def _pose(
         raise ValueError(f"tolerance must be a positive number of nats, got {tolerance}")
     if cutoff is None:
         raise ValueError("cutoff must be a positive number of nats, got None; 0.01 is a common one")
-    params = check_question(cost, params, prior, cutoff)
+    params, attainable = check_question(cost, params, prior, cutoff)
     if isinstance(proposal, type) or not hasattr(proposal, "draw"):
         raise ValueError(
             f"proposal must be one such as Isotropic() or Diagonal(...), got {named(proposal)}; call what "
@@ -206,7 +206,7 @@ def _pose(
         params=params,
         prior=prior,
         proposal=proposal,
-        cutoff=_split(attainable(cutoff, cost, params)),
+        cutoff=_split(attainable),
         tolerance=_split(tolerance),
         region=Star(),
         max_evaluations=max_evaluations,

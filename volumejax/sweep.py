@@ -162,7 +162,7 @@ def tune_proposal(
         (0.5, 20)
     """
     key = require_threefry(key)
-    params = check_question(cost, params, prior, cutoff)
+    params, _ = check_question(cost, params, prior, cutoff)
     if num_pilot_rays < 2:
         raise ValueError(f"num_pilot_rays must be at least 2, got {num_pilot_rays}")
     if not len(shifts):

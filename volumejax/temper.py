@@ -36,7 +36,7 @@ from volumejax.particles import MOST_LEVELS, Ladder, Swarm, Visit, descend, mean
 from volumejax.priors import Gaussian, Lebesgue, UniformBall, UniformBox
 from volumejax.regions import Connected
 from volumejax.results import BoundKind, Kind, VolumeEstimate, last_estimate
-from volumejax.validation import attainable, check_deterministic, check_question, check_region
+from volumejax.validation import check_deterministic, check_question, check_region
 
 __all__ = ["temper_stream", "temper_volume"]
 
@@ -218,13 +218,12 @@ def temper_stream(
         raise ValueError(f"prior must be one such as vj.Gaussian(sigma=1.0), got {prior!r}")
     tree.check_floating(like, "like")
     like = jax.tree.map(lambda x: jnp.zeros_like(jnp.asarray(x)), like)
-    middle = check_region(cost, prior.middle(like), prior, cutoff)
+    middle, attainable = check_region(cost, prior.middle(like), prior, cutoff)
     check_deterministic(cost, middle)
-    cutoff = float(attainable(cutoff, cost, middle))
     if anchor is not None:
         if jax.tree.map(jnp.shape, anchor) != jax.tree.map(jnp.shape, like):
             raise ValueError("anchor and like must have the same structure and shapes; pass like=anchor")
-        anchor = check_question(cost, anchor, prior, cutoff)
+        anchor, _ = check_question(cost, anchor, prior, cutoff)
     dimension = tree.size(middle)
     if num_particles is None:
         num_particles = int(np.clip(2_048_000 // dimension, *_PARTICLES))
@@ -245,7 +244,7 @@ def temper_stream(
     run = _Run(
         ensemble=ensemble,
         key=key,
-        cutoff=cutoff,
+        cutoff=float(attainable),
         prior_term=math.nan if anchor is None else float(prior.anchor_term(anchor)),
         islands=num_islands,
         chunk=chunk,

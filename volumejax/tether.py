@@ -35,7 +35,7 @@ from volumejax.regions import Connected, Star
 from volumejax.results import VolumeEstimate, last_estimate
 from volumejax.summary import Plan, summarise
 from volumejax.tally import COOLING, HEATING, Tally
-from volumejax.validation import attainable, check_deterministic, check_question, named
+from volumejax.validation import check_deterministic, check_question, named
 
 __all__ = ["tether_stream", "tether_volume"]
 
@@ -202,14 +202,14 @@ def tether_stream(
     for name, count, least in (("num_chains", num_chains, _LEAST_CHAINS), ("batch_size", batch_size, 1)):
         if count is not None and count < least:
             raise ValueError(f"{name} must be at least {least}, got {count}")
-    params = check_question(cost, params, prior, cutoff)
+    params, attainable = check_question(cost, params, prior, cutoff)
     check_deterministic(cost, params)
     dimension = tree.size(params)
     with jax.enable_x64(True):
         ensemble = Ensemble(
             cost=cost,
             frame=frame_of(prior, params),
-            cutoff=jnp.asarray(float(attainable(cutoff, cost, params)), jnp.float64),
+            cutoff=jnp.asarray(float(attainable), jnp.float64),
             region=region,
             callers_x64=bool(jax.config.read("jax_enable_x64")),
         )

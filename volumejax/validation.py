@@ -13,25 +13,32 @@ from jaxtyping import Array, Float, PyTree
 from volumejax import tree
 from volumejax.tree import is_traced
 
-__all__ = ["attainable", "check_deterministic", "check_question", "check_region", "named"]
+__all__ = ["check_deterministic", "check_question", "check_region", "named"]
 
 
-def check_question(cost: Callable[[PyTree], Float[Array, ""]], params: PyTree, prior: Any, cutoff: ArrayLike) -> PyTree:
-    """Return `params` as JAX arrays, once the question is known to make sense.
+def check_question(
+    cost: Callable[[PyTree], Float[Array, ""]], params: PyTree, prior: Any, cutoff: ArrayLike
+) -> tuple[PyTree, Array | np.ndarray]:
+    """Return what `check_region` does, once the question is known to make sense.
 
     Shapes and dtypes are always checked; values only where they are concrete.
 
     Raises:
         ValueError: naming the thing and the remedy.
     """
-    params = check_region(cost, params, prior, cutoff)
+    params, attainable = check_region(cost, params, prior, cutoff)
     if not is_traced((cost, params, cutoff)):
-        _check_anchor(cost, params, float(attainable(cutoff, cost, params)))
-    return params
+        _check_anchor(cost, params, float(attainable), cutoff)
+    return params, attainable
 
 
-def check_region(cost: Callable[[PyTree], Float[Array, ""]], params: PyTree, prior: Any, cutoff: ArrayLike) -> PyTree:
-    """Return `params` as JAX arrays, once the region and the prior are known to make sense for parameters like these.
+def check_region(
+    cost: Callable[[PyTree], Float[Array, ""]], params: PyTree, prior: Any, cutoff: ArrayLike
+) -> tuple[PyTree, Array | np.ndarray]:
+    """Return `params` as JAX arrays, and the cutoff, once region and prior are known to make sense for such parameters.
+
+    A concrete cutoff comes back as float64, no lower than it is in the dtype of the cost: an error rate of 0.2 in
+    float32 exceeds 0.2.
 
     Raises:
         ValueError: as for `check_question`, whatever the cost of `params`.
@@ -48,16 +55,11 @@ def check_region(cost: Callable[[PyTree], Float[Array, ""]], params: PyTree, pri
             f"cutoff must be a positive, finite number of nats, got {cutoff}; for no error at all among n examples "
             "give an error rate below 1/n"
         )
-    _check_scalar(cost, params)
-    return params
-
-
-def attainable(cutoff: ArrayLike, cost: Callable[[PyTree], Float[Array, ""]], params: PyTree) -> Array | np.ndarray:
-    """Return a concrete cutoff, no lower than in the dtype of the cost: an error rate of 0.2 in float32 exceeds 0.2."""
+    dtype = _check_scalar(cost, params)
     if is_traced(cutoff):
-        return jnp.asarray(cutoff)
+        return params, jnp.asarray(cutoff)
     wanted = np.asarray(cutoff, np.float64)
-    return np.asarray(np.maximum(wanted, wanted.astype(eqx.filter_eval_shape(cost, params).dtype).astype(np.float64)))
+    return params, np.asarray(np.maximum(wanted, wanted.astype(dtype).astype(np.float64)))
 
 
 def named(value: Any) -> str:
@@ -91,7 +93,8 @@ def _check_finite(params: PyTree) -> None:
             )
 
 
-def _check_scalar(cost: Callable[[PyTree], Any], params: PyTree) -> None:
+def _check_scalar(cost: Callable[[PyTree], Any], params: PyTree) -> np.dtype:
+    """Return the dtype of the cost, once it is known to be a floating-point scalar."""
     try:
         out = eqx.filter_eval_shape(cost, params)
     except (TypeError, ValueError, jax.errors.JAXTypeError) as error:
@@ -107,9 +110,10 @@ def _check_scalar(cost: Callable[[PyTree], Any], params: PyTree) -> None:
         raise ValueError(f"cost must return one scalar in nats, got shape {out.shape}; take the mean over examples")
     if not jnp.issubdtype(out.dtype, jnp.floating):
         raise ValueError(f"cost must return a floating-point scalar, got dtype {out.dtype}; cast it to float32")
+    return out.dtype
 
 
-def _check_anchor(cost: Callable[[PyTree], Array], params: PyTree, cutoff: float) -> None:
+def _check_anchor(cost: Callable[[PyTree], Array], params: PyTree, attainable: float, cutoff: Any) -> None:
     value = _evaluate(cost, params)
     if is_traced(value):  # by what the cost closes over
         return
@@ -118,9 +122,9 @@ def _check_anchor(cost: Callable[[PyTree], Array], params: PyTree, cutoff: float
         raise ValueError(
             "the cost at the anchor is NaN; check the data, the labels and the parameters that the cost holds"
         )
-    if not here <= cutoff:
+    if not here <= attainable:
         raise ValueError(
-            f"the cost at the anchor is {here:.6g} nats, not within the cutoff {cutoff:g}; raise the cutoff, "
+            f"the cost at the anchor is {here:.6g} nats, not within the cutoff {float(cutoff):g}; raise the cutoff, "
             "or use a cost that is 0 at the anchor such as kl_to_anchor or loss_gap"
         )
 
