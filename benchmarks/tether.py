@@ -11,7 +11,7 @@ import gzip
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +116,16 @@ def jobs(name: str, folder: str | None) -> list[Job]:
     )
 
 
-def calibrate(num_seeds: int) -> None:
+def runs(problem: reference.Reference, num_seeds: int, **options: Any) -> list[vj.VolumeEstimate]:
+    return [
+        vj.tether_volume(
+            jax.random.key(seed), problem.cost, problem.params, problem.prior, cutoff=problem.cutoff, **options
+        )
+        for seed in range(num_seeds)
+    ]
+
+
+def calibrate(num_seeds: int = 200) -> None:
     """Print how estimates scatter against their errors, and how often the bound lies above the truth."""
     print("| problem | seeds | rms of (estimate − truth)/SE | mean | bound violated | other kinds | SE | s each |")
     print("|---|---|---|---|---|---|---|---|")
@@ -126,13 +135,7 @@ def calibrate(num_seeds: int) -> None:
         (reference.rank_one(3, 5, cutoff=1e-2), 0.02),
     ):
         began = time.perf_counter()
-        made = [
-            vj.tether_volume(
-                jax.random.key(seed), problem.cost, problem.params, problem.prior,
-                cutoff=problem.cutoff, effort=effort, decades=0.5,
-            )
-            for seed in range(num_seeds)
-        ]  # fmt: skip
+        made = runs(problem, num_seeds, effort=effort, decades=0.5)
         seconds = (time.perf_counter() - began) / num_seeds
         claimed = [e for e in made if e.kind == vj.Kind.ESTIMATE]
         off = np.array([(e.log_mass - problem.log_mass) / e.std_error for e in claimed])
@@ -145,8 +148,8 @@ def calibrate(num_seeds: int) -> None:
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def compare(num_seeds: int) -> None:
-    """Print root mean square errors of four readings of the same runs, and how far the bound lies below the truth."""
+def compare(num_seeds: int = 8) -> None:
+    """Print root mean square errors of three readings of the same runs, and how far the bound lies below the truth."""
     print("| problem | escort | Bennett's ratio | integrated | with the virial | bound below the truth | not mixed |")
     print("|---|---|---|---|---|---|---|")
     for problem, effort in (
@@ -155,19 +158,16 @@ def compare(num_seeds: int) -> None:
         (reference.tanh_neuron(3, 5, cutoff=1e-4), 0.03),
     ):
         for escort in (1.0, 0.0):
-            made = [
-                vj.tether_volume(
-                    jax.random.key(seed), problem.cost, problem.params, problem.prior,
-                    cutoff=problem.cutoff, effort=effort, escort=escort, decades=0.0,
-                )
-                for seed in range(num_seeds)
-            ]  # fmt: skip
+            made = runs(problem, num_seeds, effort=effort, escort=escort, decades=0.0)
             off = np.array([(e.log_mass, e.trace.integrated, e.trace.integrated_virial) for e in made], float)
             errors = np.sqrt(np.mean((off - problem.log_mass) ** 2, axis=0))
             below = np.mean([problem.log_mass - e.lower for e in made])
             cells = (problem.name, f"{escort:g}", *(f"{x:.2f}" for x in (*errors, below)),
                      f"{sum(e.kind != vj.Kind.ESTIMATE for e in made)} of {num_seeds}")  # fmt: skip
             print(f"| {' | '.join(cells)} |", flush=True)
+
+
+STUDIES = {"calibration": calibrate, "gain": compare}
 
 
 def main() -> None:
@@ -178,11 +178,10 @@ def main() -> None:
     parser.add_argument("--escort", type=float, nargs="+", default=[1.0], help="0 for plain weights")
     parser.add_argument("--mnist", metavar="FOLDER", help="where the IDX files are")
     arguments = parser.parse_args()
-    if "calibration" in arguments.problems:
-        calibrate(num_seeds=200)
-    if "gain" in arguments.problems:
-        compare(num_seeds=8)
-    problems = [name for name in arguments.problems if name not in ("calibration", "gain")]
+    for name, study in STUDIES.items():
+        if name in arguments.problems:
+            study()
+    problems = [name for name in arguments.problems if name not in STUDIES]
     if not problems:
         return
     print(

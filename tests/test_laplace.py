@@ -111,7 +111,7 @@ def test_flat_directions_of_a_turned_quadratic_stay_flat():
 @pytest.mark.parametrize("spectrum", [vj.DenseSpectrum(), vj.LanczosSpectrum(num_probes=2, num_steps=3)])
 def test_a_gradient_that_the_model_leaves_out_is_told(spectrum):
     h = jnp.array([10.0, 1.0, 0.1])
-    for shift, share in ((0.0, 0.0), (0.03, 0.96)):
+    for shift in (0.0, 0.03):
         anchor = jnp.full(3, shift)
         estimate = vj.laplace_volume(
             jax.random.key(0),
@@ -124,7 +124,7 @@ def test_a_gradient_that_the_model_leaves_out_is_told(spectrum):
         assert ("along its gradient" in estimate.status) == (shift > 0.0)
         # One step down the gradient: ½ (Σh²)²/Σh³ · shift², of what the cost leaves of the cutoff.
         left = 0.01 - 0.5 * 11.1 * shift**2
-        assert np.isclose(estimate.trace.descent, 0.5 * 101.01**2 / 1001.001 * shift**2 / left, rtol=1e-4), share
+        assert np.isclose(estimate.trace.descent, 0.5 * 101.01**2 / 1001.001 * shift**2 / left, rtol=1e-4)
     steps = lambda w: jnp.mean((w > 1.0).astype(jnp.float32))
     flat = vj.laplace_volume(jax.random.key(0), steps, jnp.zeros(3), vj.Gaussian(1.0), cutoff=0.2, spectrum=spectrum)
     assert "no curvature at all" in flat.status

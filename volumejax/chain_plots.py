@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     raise ImportError("figures need the run extra: pip install 'volumejax[run]'") from error
 
-from volumejax.plots import INK, MUTED, PAPER, RULE, STYLE, WIDTH, colour
+from volumejax.plots import FAINT, INK, MUTED, PAPER, RULE, STYLE, WIDTH, colour
 from volumejax.records import Row, Run
 from volumejax.table import is_mixed
 
@@ -63,7 +63,7 @@ def _curve(rows: list[Row]) -> Figure:
         good = (cutoffs > 0) & np.isfinite(log_mass)
         if not is_mixed(row):
             order = np.argsort(cutoffs[good])
-            upper.plot(cutoffs[good][order], log_mass[good][order], color=look.shade, ls=look.dash, lw=0.8, alpha=0.5)
+            upper.plot(cutoffs[good][order], log_mass[good][order], color=look.shade, ls=look.dash, **FAINT)
             continue
         band = np.where(np.isfinite(error), 1.96 * error, 0.0)
         upper.fill_between(
@@ -102,9 +102,7 @@ def _curve(rows: list[Row]) -> Figure:
     entries = [
         Line2D([], [], color=look.shade, ls=look.dash, marker=look.mark, ms=4, lw=1.6, label=_literal(row.label))
         if is_mixed(row)
-        else Line2D(
-            [], [], color=look.shade, ls=look.dash, lw=0.8, alpha=0.5, label=_literal(f"{row.label}, not mixed")
-        )
+        else Line2D([], [], color=look.shade, ls=look.dash, label=_literal(f"{row.label}, not mixed"), **FAINT)
         for row, look in zip(rows, looks, strict=True)
     ]
     hollow: Any = {"color": INK, "mfc": PAPER, "ms": 4, "mew": 0.9, "lw": 0}

@@ -12,7 +12,7 @@ try:
 except ImportError as error:
     raise ImportError("figures need the run extra: pip install 'volumejax[run]'") from error
 
-from volumejax.plots import COLOURS, INK, MUTED, PAPER, RULE, STYLE, WIDTH
+from volumejax.plots import COLOURS, FAINT, INK, MUTED, PAPER, RULE, STYLE, WIDTH
 from volumejax.records import Row, Run
 from volumejax.table import is_mixed
 
@@ -51,8 +51,8 @@ def _guessing(rows: list[Row], cost: str) -> Figure:
         )
         dash, label = ":" if "star" in row.label else "-", row.label.replace("$", r"\$")
         if not (row.from_particles or is_mixed(row)):
-            axis.plot(cutoffs, log_mass / math.log(10.0), color=shade, lw=0.8, ls=dash, alpha=0.5, zorder=2)
-            entries.append(Line2D([], [], color=shade, lw=0.8, ls=dash, alpha=0.5, label=f"{label}, not mixed"))
+            axis.plot(cutoffs, log_mass / math.log(10.0), color=shade, ls=dash, zorder=2, **FAINT)
+            entries.append(Line2D([], [], color=shade, ls=dash, **FAINT, label=f"{label}, not mixed"))
             continue
         known = np.isfinite(log_mass) & np.isfinite(error) & (error <= _KNOWN)
         value, width = log_mass / math.log(10.0), np.where(known, 1.96 * error, 0.0) / math.log(10.0)

@@ -21,6 +21,10 @@ from volumejax.records import PARTICLES, TETHER, TUNED, Row, Run
 from volumejax.table import claim, is_bound, missed, number, plus_minus, shown
 
 INK, MUTED, RULE, PAPER = "#1f2328", "#59636e", "#d1d9e0", "#ffffff"
+
+FAINT: dict[str, Any] = {"lw": 0.8, "alpha": 0.5}
+"""The line of chains that have not mixed."""
+
 # Okabe and Ito's palette: told apart with any colour vision, and on light and dark ground.
 COLOURS = {
     "isotropic": "#7f8790",

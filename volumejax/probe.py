@@ -14,11 +14,11 @@ from jaxtyping import Array, Float, Integer, Key, PyTree
 from volumejax.behaviours import Behaviour
 from volumejax.casting import NUM_SCOUTS
 from volumejax.parallel import default_batch_size, require_threefry
-from volumejax.proposals import Diagonal, Isotropic
+from volumejax.proposals import Isotropic
 from volumejax.rays import ray_volume
 from volumejax.results import RayBatch, Status, VolumeEstimate
 from volumejax.tree import check_floating, size
-from volumejax.validation import named
+from volumejax.validation import check_prior, named
 
 __all__ = ["VolumeProbe"]
 
@@ -94,8 +94,7 @@ class VolumeProbe(eqx.Module):
         if not callable(self.behaviour) or isinstance(self.behaviour, Behaviour):
             what = "the cost of one network" if callable(self.behaviour) else type(self.behaviour).__name__
             raise ValueError(f"behaviour must be a function (params, data) -> cost, got {what}; {_SUCH_AS}")
-        if isinstance(self.prior, type) or not hasattr(self.prior, "check"):
-            raise ValueError(f"prior must be one such as vj.Gaussian(sigma=0.5), got {named(self.prior)}")
+        check_prior(self.prior)
         if isinstance(self.proposal, type) or not (hasattr(self.proposal, "draw") or callable(self.proposal)):
             raise ValueError(
                 "proposal must be a proposal or a function (opt_state, params, prior) -> proposal, got "
@@ -176,10 +175,8 @@ def _probe(
             mesh=probe.mesh,
         )
         # Where training has diverged, or the optimizer has no moments yet, there is no number, not even a bound.
-        sound = _is_finite((anchor, proposal))
-        if isinstance(proposal, Diagonal):
-            # Of an infinite moment nothing is left but a scale of zero.
-            sound &= jnp.all(jnp.stack([jnp.all(s > 0.0) for s in jax.tree.leaves(proposal.scale)]))
+        # Of an infinite moment a scale of zero is left, and then weights that are NaN.
+        sound = _is_finite((anchor, proposal)) & ~jnp.isnan(estimate.log_mass)
         return {name: jnp.where(sound, value, jnp.nan) for name, value in _scalars(estimate).items()}
 
     missing = {name: jnp.full((), jnp.nan, jnp.result_type(float)) for name in (*_NUMBERS, *_COUNTS)}

@@ -78,10 +78,11 @@ class SpectrumTrace(eqx.Module):
                 "no curvature at all, as of an error rate, so that the model says nothing; use a smooth cost"
             )
         if self.descent > _NOTABLE:
+            share = 100.0 * float(self.descent)
+            fall = f"by {share:.3g} % of what the cutoff leaves" if math.isfinite(share) else "without end"
             remarks.append(
-                f"along its gradient the cost falls below the anchor's by {100.0 * float(self.descent):.3g} % of what "
-                "the cutoff leaves, and the model has no gradient: move the anchor to the minimum, or take a cost that "
-                "is smallest at the anchor such as kl_to_anchor"
+                f"along its gradient the cost falls below the anchor's {fall}, and the model has no gradient: move the "
+                "anchor to the minimum, or take a cost that is smallest at the anchor such as kl_to_anchor"
             )
         if self.negative < 0.0:
             remarks.append(

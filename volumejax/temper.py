@@ -36,7 +36,7 @@ from volumejax.particles import MOST_LEVELS, Ladder, Swarm, Visit, descend, mean
 from volumejax.priors import Gaussian, Lebesgue, UniformBall, UniformBox
 from volumejax.regions import Connected
 from volumejax.results import BoundKind, Kind, VolumeEstimate, last_estimate
-from volumejax.validation import check_deterministic, check_question, check_region
+from volumejax.validation import check_deterministic, check_question, check_region, named
 
 __all__ = ["temper_stream", "temper_volume"]
 
@@ -215,7 +215,7 @@ def temper_stream(
     if isinstance(prior, Lebesgue):
         raise ValueError("the global mass needs a proper prior, got Lebesgue(); use vj.UniformBox or vj.UniformBall")
     if not isinstance(prior, Gaussian | UniformBox | UniformBall):
-        raise ValueError(f"prior must be one such as vj.Gaussian(sigma=1.0), got {prior!r}")
+        raise ValueError(f"prior must be one such as vj.Gaussian(sigma=1.0), got {named(prior)}")
     tree.check_floating(like, "like")
     like = jax.tree.map(lambda x: jnp.zeros_like(jnp.asarray(x)), like)
     middle, attainable = check_region(cost, prior.middle(like), prior, cutoff)

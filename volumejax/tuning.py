@@ -229,10 +229,11 @@ def curvature_model(curvature: PyTree, params: PyTree, eigenpairs: Eigenpairs | 
 
 def _check_share(diagonal: PyTree, explained: PyTree) -> None:
     """Raise a ValueError where the eigenpairs hold far more than the diagonal, and so are of another curvature."""
-    pairs = list(zip(jax.tree.leaves(diagonal), jax.tree.leaves(explained), strict=True))
-    beyond = sum(float(jnp.sum(jnp.maximum(e - h, 0.0))) for h, e in pairs)
-    whole, present = (sum(float(jnp.sum(x)) for x in parts) for parts in zip(*((e, h) for h, e in pairs), strict=True))
-    if present > 0.0 and beyond > _MOST_BEYOND * whole:
+    within = jax.tree.map(jnp.minimum, diagonal, explained)
+    present, whole, held = (
+        sum(float(jnp.sum(leaf)) for leaf in jax.tree.leaves(part)) for part in (diagonal, explained, within)
+    )
+    if present > 0.0 and whole - held > _MOST_BEYOND * whole:
         raise ValueError(
             f"the eigenpairs explain {whole:.3g} of a curvature whose diagonal sums to {present:.3g}: they are not of "
             "one and the same; an optimizer's moments have another unit than the Gauss-Newton matrix. Leave eigenpairs "

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from volumejax import tree
 from volumejax.tree import is_traced
 
-__all__ = ["check_deterministic", "check_question", "check_region", "named"]
+__all__ = ["check_deterministic", "check_prior", "check_question", "check_region", "named"]
 
 
 def check_question(
@@ -28,7 +28,7 @@ def check_question(
     """
     params, attainable = check_region(cost, params, prior, cutoff)
     if not is_traced((cost, params, cutoff)):
-        _check_anchor(cost, params, float(attainable), cutoff)
+        _check_anchor(cost, params, float(attainable))
     return params, attainable
 
 
@@ -46,7 +46,7 @@ def check_region(
     tree.check_floating(params, "params")
     _check_finite(params)
     params = jax.tree.map(jnp.asarray, params)
-    _check_prior(prior)
+    check_prior(prior)
     prior.check(params)
     if jnp.ndim(cutoff) != 0:
         raise ValueError(f"cutoff must be a scalar, got shape {jnp.shape(cutoff)}; vmap over cutoffs instead")
@@ -78,7 +78,8 @@ def check_deterministic(cost: Callable[[PyTree], Float[Array, ""]], params: PyTr
         )
 
 
-def _check_prior(prior: Any) -> None:
+def check_prior(prior: Any) -> None:
+    """Raise a ValueError for what is no prior, such as a number or a class."""
     if isinstance(prior, type) or not hasattr(prior, "check"):
         raise ValueError(f"prior must be one such as vj.Gaussian(sigma=0.5) or vj.Lebesgue(), got {named(prior)}")
 
@@ -97,7 +98,7 @@ def _check_scalar(cost: Callable[[PyTree], Any], params: PyTree) -> np.dtype:
     """Return the dtype of the cost, once it is known to be a floating-point scalar."""
     try:
         out = eqx.filter_eval_shape(cost, params)
-    except (TypeError, ValueError, jax.errors.JAXTypeError) as error:
+    except TypeError as error:  # of shapes, or of NumPy; a ValueError speaks for itself
         shapes = jax.tree.map(lambda x: x.shape, params)
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
@@ -113,7 +114,7 @@ def _check_scalar(cost: Callable[[PyTree], Any], params: PyTree) -> np.dtype:
     return out.dtype
 
 
-def _check_anchor(cost: Callable[[PyTree], Array], params: PyTree, attainable: float, cutoff: Any) -> None:
+def _check_anchor(cost: Callable[[PyTree], Array], params: PyTree, cutoff: float) -> None:
     value = _evaluate(cost, params)
     if is_traced(value):  # by what the cost closes over
         return
@@ -122,9 +123,9 @@ def _check_anchor(cost: Callable[[PyTree], Array], params: PyTree, attainable: f
         raise ValueError(
             "the cost at the anchor is NaN; check the data, the labels and the parameters that the cost holds"
         )
-    if not here <= attainable:
+    if not here <= cutoff:
         raise ValueError(
-            f"the cost at the anchor is {here:.6g} nats, not within the cutoff {float(cutoff):g}; raise the cutoff, "
+            f"the cost at the anchor is {here:.6g} nats, not within the cutoff {cutoff:g}; raise the cutoff, "
             "or use a cost that is 0 at the anchor such as kl_to_anchor or loss_gap"
         )
 
