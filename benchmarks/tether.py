@@ -8,6 +8,7 @@ eight seeds of three problems and says what escorts and Bennett's ratio save aga
 
 import argparse
 import gzip
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,11 @@ import numpy as np
 import optax
 
 import volumejax as vj
-from volumejax import reference
+from volumejax import reference, tree
 from volumejax.models.mlp import mlp_apply, mlp_params
+from volumejax.parallel import local_mesh
 from volumejax.tasks.digits import digits_task
+from volumejax.tether import default_num_chains
 
 
 class Job(NamedTuple):
@@ -175,9 +178,14 @@ def main() -> None:
     parser.add_argument("problems", nargs="+")
     parser.add_argument("--effort", type=float, nargs="+", default=[0.1, 0.3, 1.0])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--chains", type=int, help="of each pass; by default as many as the library chooses")
+    parser.add_argument("--beta-factor", type=float, default=1.0, help="multiplies the automatic inverse temperature")
+    parser.add_argument("--only", default="", metavar="TEXT", help="problems whose name contains this")
     parser.add_argument("--escort", type=float, nargs="+", default=[1.0], help="0 for plain weights")
     parser.add_argument("--mnist", metavar="FOLDER", help="where the IDX files are")
     arguments = parser.parse_args()
+    # As the command-line program does: each core is a device, over which chains are spread.
+    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     for name, study in STUDIES.items():
         if name in arguments.problems:
             study()
@@ -188,13 +196,16 @@ def main() -> None:
         "| problem | effort | escort | log mass | lower | cooling | heating | integrated | kind | gradients | s | off |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
-    for job in [job for name in problems for job in jobs(name, arguments.mnist)]:
+    chosen = [job for name in problems for job in jobs(name, arguments.mnist) if arguments.only in job.name]
+    for job in chosen:
+        chains = arguments.chains or default_num_chains(tree.size(job.params))
         for effort in arguments.effort:
             for escort in arguments.escort:
                 began = time.perf_counter()
                 made = vj.tether_volume(
                     jax.random.key(arguments.seed), job.cost, job.params, job.prior,
-                    cutoff=job.cutoff, region=job.region, effort=effort, escort=escort,
+                    cutoff=job.cutoff, region=job.region, effort=effort, escort=escort, num_chains=chains,
+                    beta_factor=arguments.beta_factor, mesh=local_mesh(chains),
                 )  # fmt: skip
                 off = "" if job.truth is None else f"{float(made.log_mass) - job.truth:+.2f}"
                 cells = (

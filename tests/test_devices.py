@@ -112,7 +112,7 @@ class TestEightDevices:
                 cutoff=0.02, num_chains=COUNT, effort=0.005, decades=0.5, mesh=mesh,
             )  # fmt: skip
 
-        mesh = make_mesh((COUNT,), ("rays",))
+        mesh = jax.make_mesh((COUNT,), ("rays",))
         many, one = measure_chains(mesh), measure_chains()
         # A rounding error may turn a decision of a chain, and then the two are independent.
         assert abs(many.log_mass - one.log_mass) <= 4.0 * np.hypot(many.std_error, one.std_error)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import strategies as st
 
 from volumejax import tree
-from volumejax.parallel import ABSENT, cut, default_batch_size, num_devices, require_threefry, spread
+from volumejax.parallel import ABSENT, cut, default_batch_size, local_mesh, num_devices, require_threefry, spread
 from volumejax.proposals import Dense, Diagonal, Isotropic
 
 PARAMS = {"w": jnp.zeros((2, 3)), "b": jnp.zeros(())}
@@ -113,10 +113,19 @@ def test_automatic_batches_fit_the_memory():
     assert all(isinstance(size, int) for size in sizes)
 
 
+@pytest.mark.parametrize(("lanes", "count"), [(12, 6), (7, 7), (11, 1), (3, 3), (1, 1)])
+def test_a_local_mesh_takes_devices_that_divide_the_lanes(monkeypatch, lanes, count):
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices() * 8)
+    mesh = local_mesh(lanes)
+    assert num_devices(mesh) == count and (mesh is None) == (count == 1)
+
+
 def test_a_mesh_needs_an_axis_of_rays():
     mesh = jax.make_mesh((1, 1), ("rays", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     assert num_devices(None) == num_devices(mesh) == 1
     assert np.array_equal(spread(jnp.arange(4), mesh), np.arange(4))
+    # The axes that JAX makes unless asked otherwise are explicit ones.
+    assert np.array_equal(jax.jit(lambda i: spread(i, jax.make_mesh((1,), ("rays",))))(jnp.arange(4)), np.arange(4))
     other = jax.make_mesh((1,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     with pytest.raises(
         ValueError, match=r"mesh has the axes \('batch',\); name the one that rays are spread over 'rays'"

@@ -242,6 +242,22 @@ def test_misuse_is_one_line_before_any_work():
         assert "\n" not in str(error.value)
 
 
+def test_what_matrix_products_in_short_floats_change_is_told(monkeypatch):
+    def cost(w):
+        short = jax.config.jax_default_matmul_precision != "highest"
+        return 0.5 * jnp.sum(jnp.square(w)) * (1.1 if short else 1.0)
+
+    question = (jax.random.key(0), cost, jnp.zeros(100), vj.Gaussian(1.0))
+    plain = vj.tether_volume(*question, cutoff=0.1, effort=0.01)
+    assert np.isnan(plain.noise) and plain.status == "ok"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    rounded = vj.tether_volume(*question, cutoff=0.1, effort=0.01)
+    assert rounded.log_mass == plain.log_mass
+    # 1/11 of βC, which is 50 on average without the wall and less behind it.
+    assert 35 / 11 < rounded.noise < 50 / 11
+    assert "jax.default_matmul_precision('highest')" in rounded.status
+
+
 def test_an_unbounded_region_under_an_improper_prior_is_refused():
     with pytest.raises(ValueError, match="unbounded"):
         vj.tether_volume(

@@ -19,7 +19,7 @@ from volumejax.metric import Metric
 from volumejax.parallel import spread
 from volumejax.results import to_host
 
-__all__ = ["MOST_VISITS", "Record", "begin", "pad", "slopes", "travel"]
+__all__ = ["MOST_VISITS", "Record", "begin", "laid_out_like", "pad", "slopes", "travel"]
 
 Table = TypeVar("Table")
 
@@ -220,6 +220,14 @@ def slopes(ensemble: Ensemble, positions: Position, batch_size: int | None) -> l
     return jax.lax.map(one, positions.displacement, batch_size=batch_size or len(positions.cost))
 
 
+def laid_out_like(positions: Position, model: Position) -> Position:
+    """Return the positions on the devices where those of `model` lie, so that the next call runs the same program."""
+    with jax.enable_x64(True):
+        return jax.tree.map(
+            lambda x, y: x if x.sharding == y.sharding else jax.device_put(x, y.sharding), positions, model
+        )
+
+
 def pad(table: Table) -> Table:
     """Return a table of rungs on the device, filled up with copies of the last to a length shared by many ladders."""
     rungs, length = len(jax.tree.leaves(table)[0]), TABLE
@@ -257,8 +265,6 @@ def travel(
     if not 0 < count <= MOST_VISITS:
         raise ValueError(f"a route takes between 1 and {MOST_VISITS} visits, got {count}")
     padded = jnp.asarray(np.pad(np.asarray(route, np.int32), (0, MOST_VISITS - count), mode="edge"))
-    positions, log = _travel(
-        ensemble, metric, key, positions, table, padded, jnp.int32(first), jnp.int32(count), batch_size
-    )
+    ends, log = _travel(ensemble, metric, key, positions, table, padded, jnp.int32(first), jnp.int32(count), batch_size)
     host = to_host(log)
-    return positions, Record(**{name: host[name][:count] for name in Record._fields})
+    return laid_out_like(ends, positions), Record(**{name: host[name][:count] for name in Record._fields})

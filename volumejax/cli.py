@@ -80,7 +80,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _use_every_core() -> None:
+    """Let JAX take each processor core for a device: a small network's matrices are too small to be shared by cores."""
+    import jax
+
+    # Too late in a process that has used JAX already, and for the user to say where XLA has been told.
+    with contextlib.suppress(RuntimeError):
+        if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+            jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+
+
 def _run(arguments: argparse.Namespace) -> int:
+    _use_every_core()
     from volumejax import config as configs
     from volumejax import records, report, terminal
 

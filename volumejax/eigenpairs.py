@@ -100,7 +100,9 @@ def _lanczos(
     real = jnp.sum(within**2, axis=0) > 0.5
     order = jnp.argsort(jnp.where(real, values, -jnp.inf))[::-1][:rank]
     found = real[order]
-    vectors = jnp.where(found, within[:, order], 0.0).T @ jnp.where(alive[:, None], rows, 0.0)
+    vectors = jnp.matmul(
+        jnp.where(found, within[:, order], 0.0).T, jnp.where(alive[:, None], rows, 0.0), precision="highest"
+    )
     values, vectors = jnp.where(found, values[order], 0.0), jax.vmap(unravel)(vectors)
 
     def residual(pair: tuple[Array, PyTree]) -> Array:

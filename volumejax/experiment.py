@@ -26,6 +26,7 @@ from volumejax.config import (
 from volumejax.islands import IslandTrace
 from volumejax.low_rank import LowRankPrecision
 from volumejax.optax_moments import second_moments
+from volumejax.parallel import local_mesh
 from volumejax.priors import Gaussian
 from volumejax.proposals import Dense, Diagonal
 from volumejax.rays import ray_stream
@@ -34,7 +35,7 @@ from volumejax.regions import Connected, Star
 from volumejax.results import VolumeEstimate
 from volumejax.tasks.digits import Task, digits_task
 from volumejax.temper import temper_stream
-from volumejax.tether import tether_stream
+from volumejax.tether import default_num_chains, tether_stream
 from volumejax.tuning import curvature_proposal, damped_proposal
 
 Proposal = Diagonal | Dense | LowRankPrecision
@@ -208,6 +209,7 @@ def _run_particles(entry: Particles, setting: Setting, on_progress: OnProgress) 
             effort=entry.effort,
             num_particles=entry.num_particles,
             num_islands=entry.num_islands,
+            mesh=local_mesh(entry.num_islands),
             on_progress=listen,
         ):
             estimate = latest
@@ -239,6 +241,7 @@ def _run_chains(entry: Tether, setting: Setting, on_progress: OnProgress) -> Row
             show(_PILOT_SHARE * share)
 
     on_progress(Progress(entry.name, 0, 100, 0.0, None, "%", phase))
+    num_chains = entry.num_chains or default_num_chains(tree.size(setting.task.params))
     try:
         for estimate in tether_stream(
             jax.random.key(setting.config.seed),
@@ -248,7 +251,8 @@ def _run_chains(entry: Tether, setting: Setting, on_progress: OnProgress) -> Row
             cutoff=setting.config.cutoff,
             region=_REGIONS[entry.region],
             effort=entry.effort,
-            num_chains=entry.num_chains,
+            num_chains=num_chains,
+            mesh=local_mesh(num_chains),
             on_progress=listen,
         ):
             show(_progress(estimate))

@@ -7,20 +7,21 @@ from scipy.special import expit, logsumexp
 __all__ = ["acceptance_ratio", "log_mixture", "log_total_mass", "overlap", "ratio_influences"]
 
 Vector = NDArray[np.float64]
-_ROUNDS = 48
-"""Halvings of the bracket: from 10⁵ nats to below 10⁻⁹."""
+_ROUNDS, _CLOSE = 100, 1e-11
+"""Steps at most, and the relative length of the last one."""
 
 
 def acceptance_ratio(forward: Vector, backward: Vector, guess: Vector | None = None) -> Vector:
     r"""Return Bennett's estimate of ΔF = −log Z'/Z between neighbouring ensembles, for many pairs at once.
 
-    It solves Σ f(W_F − ΔF + log n_F/n_B) = Σ f(W_B + ΔF − log n_F/n_B), with f the logistic function of the negative;
-    the left side grows with ΔF and the right side falls, so bisection cannot fail. Works of +inf count as misses.
+    It solves Σ f(W_F − ΔF + log n_F/n_B) = Σ f(W_B + ΔF − log n_F/n_B), with f the logistic function of the negative.
+    The left side grows with ΔF and the right side falls: Newton's method on the difference of their logarithms, which
+    is nearly linear, and bisection where it does not get on. Works of +inf count as misses.
 
     Args:
         forward: works of the map from the first ensemble, shape (..., n_F); NaN marks what is absent.
         backward: works of the inverse map from the second, shape (..., n_B).
-        guess: ΔF to within two nats, shape (...), from nearly the same works; where it is not, it is ignored.
+        guess: where to start, shape (...), e.g. from nearly the same works.
 
     Returns:
         ΔF in nats, shape (...); +inf or −inf where one side has no finite work at all, NaN where neither has.
@@ -31,26 +32,33 @@ def acceptance_ratio(forward: Vector, backward: Vector, guess: Vector | None = N
     count_f, count_b = present_f.sum(-1), present_b.sum(-1)
     shift = np.log(np.maximum(count_f, 1)) - np.log(np.maximum(count_b, 1))
     finite_f, finite_b = np.isfinite(forward), np.isfinite(backward)
-    w_f, w_b = np.where(finite_f, forward, 0.0), np.where(finite_b, backward, 0.0)
-    spread = 1.0 + np.max(np.abs(w_f), -1) + np.max(np.abs(w_b), -1) + np.abs(shift)
-    low, high = -2.0 * spread - 50.0, 2.0 * spread + 50.0
-
-    def is_low(difference: Vector | np.float64) -> NDArray[np.bool_]:
-        offset = (difference - shift)[..., None]
-        left = np.sum(np.where(finite_f, expit(offset - w_f), 0.0), -1)
-        right = np.sum(np.where(finite_b, expit(-offset - w_b), 0.0), -1)
-        return np.asarray(left < right)
-
-    rounds = _ROUNDS
-    if guess is not None and np.all(np.isfinite(guess)) and np.all(is_low(guess - 2.0) & ~is_low(guess + 2.0)):
-        low, high, rounds = guess - 2.0, guess + 2.0, _ROUNDS // 2
-    for _ in range(rounds):
-        middle = np.asarray(0.5 * (low + high))
-        below = is_low(middle)
-        low, high = np.where(below, middle, low), np.where(below, high, middle)
-    out = 0.5 * (low + high)
+    w_f, w_b = np.where(finite_f, forward, np.inf), np.where(finite_b, backward, np.inf)
+    reach = (
+        1.0
+        + np.abs(shift)
+        + sum(np.max(np.where(finite, np.abs(works), 0.0), -1) for finite, works in ((finite_f, w_f), (finite_b, w_b)))
+    )
+    low, high = -2.0 * reach - 50.0, 2.0 * reach + 50.0
     has_f, has_b = finite_f.any(-1), finite_b.any(-1)
-    return np.where(has_f & has_b, out, np.where(has_f, -np.inf, np.where(has_b, np.inf, np.nan)))
+    known = has_f & has_b
+    middle = np.zeros_like(reach) if guess is None else np.clip(np.nan_to_num(guess), low, high)
+    length, done = high - low, ~known
+    for _ in range(_ROUNDS):
+        offset = (middle - shift)[..., None]
+        left, right = expit(offset - w_f), expit(-offset - w_b)
+        sum_l, sum_r = left.sum(-1), right.sum(-1)
+        below = sum_l < sum_r
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            slope = 2.0 - (left * left).sum(-1) / sum_l - (right * right).sum(-1) / sum_r
+            newton = middle - (np.log(sum_l) - np.log(sum_r)) / slope
+            gets_on = (newton >= low) & (newton <= high) & (np.abs(newton - middle) <= 0.5 * length)
+        following = np.where(gets_on, newton, 0.5 * (low + high))
+        length, middle = np.abs(following - middle), np.where(done, middle, following)
+        done = done | (length <= _CLOSE * (1.0 + np.abs(middle)))
+        if np.all(done):
+            break
+    return np.where(known, middle, np.where(has_f, -np.inf, np.where(has_b, np.inf, np.nan)))
 
 
 def ratio_influences(forward: Vector, backward: Vector, difference: Vector) -> tuple[Vector, Vector]:

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key
 
-__all__ = ["ABSENT", "cut", "default_batch_size", "num_devices", "require_threefry", "spread"]
+__all__ = ["ABSENT", "cut", "default_batch_size", "local_mesh", "num_devices", "require_threefry", "spread"]
 
 RAYS_AXIS = "rays"
 ABSENT = np.iinfo(np.int32).max
@@ -26,7 +26,9 @@ def spread(lanes: Int[Array, "lanes"], mesh: Mesh | None) -> Int[Array, "lanes"]
     """Divide lanes among the devices along the mesh's axis `rays`; without a mesh they stay where they are."""
     if mesh is None:
         return lanes
-    return jax.lax.with_sharding_constraint(lanes, NamedSharding(mesh, PartitionSpec(RAYS_AXIS)))
+    # The axes of `jax.make_mesh` are explicit unless asked otherwise, and a constraint needs automatic ones.
+    automatic = Mesh(mesh.devices, mesh.axis_names)
+    return jax.lax.with_sharding_constraint(lanes, NamedSharding(automatic, PartitionSpec(RAYS_AXIS)))
 
 
 def num_devices(mesh: Mesh | None) -> int:
@@ -40,6 +42,13 @@ def num_devices(mesh: Mesh | None) -> int:
     if RAYS_AXIS not in mesh.shape:
         raise ValueError(f"mesh has the axes {tuple(mesh.shape)}; name the one that rays are spread over '{RAYS_AXIS}'")
     return mesh.shape[RAYS_AXIS]
+
+
+def local_mesh(lanes: int) -> Mesh | None:
+    """Return a mesh over as many devices of this process as divide `lanes` evenly; None where that is one."""
+    devices = jax.local_devices()
+    count = next(k for k in range(min(len(devices), lanes), 0, -1) if lanes % k == 0)
+    return Mesh(np.array(devices[:count]), (RAYS_AXIS,)) if count > 1 else None
 
 
 def default_batch_size(dimension: int) -> int:

@@ -4,14 +4,15 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Key
+from jaxtyping import Array, Bool, Key
 
 from volumejax import tree
-from volumejax.annealing import Record, begin, pad, slopes, travel
+from volumejax.annealing import Record, begin, laid_out_like, pad, slopes, travel
 from volumejax.ensemble import Ensemble, Position, Rung
 from volumejax.ladder import Survey, best_shares, trajectory_length
 from volumejax.metric import Metric, fit_metric, plain_metric
@@ -259,11 +260,11 @@ class _Flight:
 
     def revive(self) -> None:
         """Restart the chains that stand outside the region from those that stand inside, if there are any."""
-        outside = ~np.asarray(jax.vmap(self.ensemble.permits)(self.positions.reach, self.positions.displacement))
+        outside = ~np.asarray(_permitted(self.ensemble, self.positions))
         if outside.any() and not outside.all():
             inside = np.flatnonzero(~outside)
             source = np.where(outside, inside[np.arange(len(outside)) % len(inside)], np.arange(len(outside)))
-            self.positions = jax.tree.map(lambda p: p[source], self.positions)
+            self.positions = laid_out_like(jax.tree.map(lambda p: p[source], self.positions), self.positions)
 
     @property
     def as_one(self) -> bool:
@@ -390,6 +391,12 @@ class _Flight:
             beta *= float(np.exp(np.clip(np.log(wanted / beta), -0.15, 0.15)))
         natural = self.bulge(record) * float(np.mean(energies[-_LEAST_SETTLING // 2 :])) / room
         return beta, natural, _Stop(stop.x, beta, gait, variance, _joined(records[-len(records) // 2 :]))
+
+
+@eqx.filter_jit
+def _permitted(ensemble: Ensemble, positions: Position) -> Bool[Array, "chains"]:
+    """Return which chains stand inside the region."""
+    return jax.vmap(ensemble.permits)(positions.reach, positions.displacement)
 
 
 def _variances(ensemble: Ensemble, record: Record) -> np.ndarray:

@@ -102,8 +102,8 @@ class VolumeEstimate(eqx.Module):
     """Kish effective sample size."""
     pareto_k: Float[Array | np.ndarray, ""]
     noise: Float[Array | np.ndarray, ""]
-    """Effect of the cost's rounding, D/2 times its relative noise at the cutoff; shared by all rays, so not in
-    `std_error`."""
+    """Effect of the cost's rounding, common to all rays or chains, so not in `std_error`. By rays D/2 times its
+    relative noise at the cutoff; by chains what matrix products in full precision would change, NaN on a CPU."""
     scout_evaluations: Int[Array | np.ndarray, ""]
     """Cost evaluations spent on finding scale and noise before the first ray."""
     num_rays: int = eqx.field(static=True)
@@ -173,6 +173,11 @@ class VolumeEstimate(eqx.Module):
             remarks.append(
                 f"a lower bound: a few of {n} rays carry the weight (ESS {float(self.ess):.1f}, "
                 f"k-hat {float(self.pareto_k):.2f}); a proposal closer to the region's shape helps, more rays hardly do"
+            )
+        if self.noise > max(0.5, 0.5 * float(self.std_error)):
+            remarks.append(
+                f"rounding may move it by {float(self.noise):.2g} nats; on an accelerator run it under "
+                "jax.default_matmul_precision('highest')"
             )
         counts = self.counts
         if counts.get("never_inside", 0) == n > 0:

@@ -38,8 +38,9 @@ class Plan:
 
 
 def summarise(
-    tally: Tally, plan: Plan, costs: Float[Array, "chains"], gradients: int, progress: float, *, final: bool
-) -> VolumeEstimate:
+    tally: Tally, plan: Plan, costs: Float[Array, "chains"], gradients: int, progress: float, *, final: bool,
+    noise: float = np.nan,
+) -> VolumeEstimate:  # fmt: skip
     """Reduce what is there: a bound while the chains cool, an estimate from one pass, in the end from both.
 
     The standard error joins statistics with the part of the hysteresis that chance does not explain, as if the two
@@ -54,7 +55,7 @@ def summarise(
         "upper": 0.0 if plan.proper else np.inf,
         "prior_term": plan.prior_term,
         "pareto_k": np.nan,
-        "noise": np.nan,
+        "noise": noise,
     }
     if weights is None or not finished:
         x = np.full(tally.chains, -np.inf) if weights is None else weights

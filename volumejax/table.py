@@ -184,10 +184,11 @@ def notes(run: Run) -> list[str]:
             f"* audited rays had left the region before the crossing found ({told}): others may have too, so nothing "
             "is certified; audit all of them with audit_fraction: 1."
         )
-    noise = max((float(row.estimate.get("noise", 0.0)) for row in rays), default=0.0)
-    if noise > 0.5:
-        shift = number(noise, 1)
-        lines.append(f"The cost's rounding may shift every log mass by {shift} nats; no error bar includes it.")
+    noises = [float(row.estimate.get("noise", math.nan)) for row in run.rows]
+    loud = [noise for noise in noises if noise > 0.5]
+    if loud:
+        shift = number(max(loud), 1)
+        lines.append(f"The cost's rounding may shift log masses by {shift} nats; no error bar includes it.")
     return lines + _chain_notes(run)
 
 

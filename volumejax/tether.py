@@ -213,7 +213,7 @@ def tether_stream(
             region=region,
             callers_x64=bool(jax.config.read("jax_enable_x64")),
         )
-    chains = int(np.clip(10_000 // dimension, _LEAST_CHAINS, 64)) if num_chains is None else num_chains
+    chains = default_num_chains(dimension) if num_chains is None else num_chains
     devices = num_devices(mesh)
     chains = -(-chains // devices) * devices
     run = _Run(
@@ -232,6 +232,11 @@ def tether_stream(
         on_progress=on_progress or (lambda *_: None),
     )
     return run.stream()
+
+
+def default_num_chains(dimension: int) -> int:
+    """Return how many chains a pass has unless told otherwise: few long ones where gradients are dear."""
+    return int(np.clip(10_000 // dimension, _LEAST_CHAINS, 64))
 
 
 class _Leg(NamedTuple):
@@ -337,7 +342,8 @@ class _Run:
             ensemble, jax.random.fold_in(self.key, _START), first, jnp.arange(self.chains, dtype=jnp.int32), self.mesh
         )
         ends = jax.tree.map(lambda x: x[: self.chains], pilot.ends)
-        for origin, legs, done in ((start, cool, False), (ends, heat, True)):
+        noise = np.nan
+        for origin, legs, last_pass in ((start, cool, False), (ends, heat, True)):
             positions = origin
             for leg in legs:
                 for where, spent_here in self._follow(leg, positions):
@@ -345,8 +351,10 @@ class _Run:
                     self.on_progress(leg.stage, share)
                     yield summarise(tally, plan, positions.cost, each * (spent + spent_here), share, final=False)
                 spent += _gradients(leg)
-            if done:
-                yield summarise(tally, plan, positions.cost, each * spent, 1.0, final=True)
+            if last_pass:
+                yield summarise(tally, plan, positions.cost, each * spent, 1.0, final=True, noise=noise)
+            else:
+                noise = self._noise(positions, float(temperature.beta[-1]))
 
     def _fly(self) -> Pilot:
         return fly(
@@ -360,6 +368,12 @@ class _Run:
             mesh=self.mesh,
             on_progress=lambda share: self.on_progress("pilot", share),
         )
+
+    def _noise(self, positions: Position, beta: float) -> float:
+        """Return by about how many nats the rounding of matrix products moves a result; NaN where they are exact."""
+        if jax.default_backend() == "cpu":
+            return np.nan
+        return beta * float(_rounding(self.ensemble, positions))
 
     def _follow(self, leg: _Leg, positions: Position) -> Iterator[tuple[Position, int]]:
         """Take the chains along a leg, in calls of a few seconds; the cut does not change the result."""
@@ -382,6 +396,15 @@ class _Run:
                 spoke = now
                 yield positions, spent
         yield positions, spent
+
+
+@eqx.filter_jit
+def _rounding(ensemble: Ensemble, positions: Position) -> Float[Array, ""]:
+    """Return the root mean square over chains of what full precision changes in the cost, float64 nats."""
+    with jax.default_matmul_precision("highest"):
+        exact = jax.lax.map(ensemble.value, positions.displacement)
+    with jax.enable_x64(True):
+        return jnp.sqrt(jnp.mean(jnp.square(exact - positions.cost)))
 
 
 def _gradients(leg: _Leg) -> int:

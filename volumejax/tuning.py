@@ -221,7 +221,7 @@ def curvature_model(curvature: PyTree, params: PyTree, eigenpairs: Eigenpairs | 
     if not same or shapes != [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]:
         raise ValueError("the vectors of eigenpairs do not have the parameters' structure and (rank, *leaf shape)")
     values = jnp.maximum(eigenpairs.values, 0.0)
-    explained = jax.tree.map(lambda u: jnp.tensordot(values, u**2, 1), eigenpairs.vectors)
+    explained = jax.tree.map(lambda u: jnp.tensordot(values, u**2, 1, precision="highest"), eigenpairs.vectors)
     _check_share(diagonal, explained)
     rest = jax.tree.map(lambda h, part: jnp.maximum(h - part, 0.0), diagonal, explained)
     return CurvatureModel(rest, values, eigenpairs.vectors)
