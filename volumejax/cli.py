@@ -84,10 +84,12 @@ def _use_every_core() -> None:
     """Let JAX take each processor core for a device: a small network's matrices are too small to be shared by cores."""
     import jax
 
-    # Too late in a process that has used JAX already, and for the user to say where XLA has been told.
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "JAX_NUM_CPU_DEVICES" in os.environ or "xla_force_host_platform_device_count" in flags:
+        return
+    # Too late in a process that has used JAX already.
     with contextlib.suppress(RuntimeError):
-        if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-            jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
 
 
 def _run(arguments: argparse.Namespace) -> int:
