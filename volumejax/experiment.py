@@ -241,7 +241,6 @@ def _run_chains(entry: Tether, setting: Setting, on_progress: OnProgress) -> Row
             show(_PILOT_SHARE * share)
 
     on_progress(Progress(entry.name, 0, 100, 0.0, None, "%", phase))
-    num_chains = entry.num_chains or default_num_chains(tree.size(setting.task.params))
     try:
         for estimate in tether_stream(
             jax.random.key(setting.config.seed),
@@ -251,8 +250,8 @@ def _run_chains(entry: Tether, setting: Setting, on_progress: OnProgress) -> Row
             cutoff=setting.config.cutoff,
             region=_REGIONS[entry.region],
             effort=entry.effort,
-            num_chains=num_chains,
-            mesh=local_mesh(num_chains),
+            num_chains=entry.num_chains,
+            mesh=local_mesh(entry.num_chains or default_num_chains(tree.size(setting.task.params))),
             on_progress=listen,
         ):
             show(_progress(estimate))

@@ -77,5 +77,5 @@ def mlp_params(features: tuple[int, ...], key: Array) -> PyTree:
 def _linear(fan_in: int, fan_out: int, rngs: nnx.Rngs) -> nnx.Linear:
     normal = jax.nn.initializers.normal(1.0 / math.sqrt(fan_in))
     # In the short floats of an accelerator's matrix products chains find another region: 16 nats less of digits.
-    highest = jax.lax.Precision.HIGHEST
-    return nnx.Linear(fan_in, fan_out, precision=highest, kernel_init=normal, bias_init=normal, rngs=rngs)
+    precision = None if jax.default_backend() == "cpu" else jax.lax.Precision.HIGHEST
+    return nnx.Linear(fan_in, fan_out, precision=precision, kernel_init=normal, bias_init=normal, rngs=rngs)
