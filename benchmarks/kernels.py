@@ -109,9 +109,7 @@ def mclmc(ensemble: Ensemble, pilot: Pilot, length: float, integrator: Any, pric
     a, beta = np.float32(np.exp(survey.x[-1])), np.float32(survey.beta)
     like = ensemble.frame.anchor
     masses = metric.masses(jnp.asarray(1.0 / survey.leaf_variance[-1], jnp.float32), a, beta, like)
-    kernel = blackjax.adjusted_mclmc_dynamic.build_kernel(
-        integration_steps_fn=lambda key, n: n + 0 * jax.random.randint(key, (), 0, 1), integrator=integrator
-    )
+    kernel = blackjax.adjusted_mclmc_dynamic.build_kernel(integration_steps_fn=lambda _, n: n, integrator=integrator)
     speed = np.sqrt(ensemble.dimension)
 
     def displacement(z: Any) -> Any:
