@@ -78,17 +78,13 @@ def measure_rays(name: str, task: Any, proposal: Any, num_rays: int, repeats: in
         )  # fmt: skip
 
     compiled = jax.jit(run).lower(jax.random.key(0)).compile()
-    forward = forward_pass(task, lanes)
+    forward = batched(task.cost, task.params, lanes)
     walls, floors = [], []
     for seed in range(repeats + 1):
         wall, estimate = clock(compiled, jax.random.key(seed))
         trace = jax.tree.map(np.asarray, estimate.trace)
-        audits = -(-int(trace.audited.sum()) // lanes)
-        batches = (
-            trace.executed[::lanes].sum() + trace.audit_evaluations.max() * audits + estimate.scout_evaluations / 8
-        )
         walls.append(wall)
-        floors.append(clock_many(forward, int(batches)))
+        floors.append(clock_many(forward, num_batches(estimate, lanes)))
     other = float(trace.audit_evaluations.sum() + estimate.scout_evaluations) / num_rays
     ratio = np.median(np.divide(walls, floors)[1:])
     seconds = float(np.median(walls[1:]))
@@ -123,7 +119,7 @@ def measure_bisection(name: str, task: Any, settled: Callable, options: argparse
         return jax.lax.map(one, jax.random.split(key, options.rays), batch_size=lanes)
 
     compiled = jax.jit(run).lower(jax.random.key(0)).compile()
-    forward = forward_pass(task, lanes)
+    forward = batched(task.cost, task.params, lanes)
     walls, floors = [], []
     for seed in range(options.repeats + 1):
         wall, counts = clock(compiled, jax.random.key(seed))
@@ -148,10 +144,18 @@ def within_tolerance(low: jax.Array, high: jax.Array, ratio: jax.Array) -> jax.A
     return DIMENSION * jnp.log(high / low) <= TOLERANCE
 
 
-def forward_pass(task: Any, lanes: int) -> Callable[[], Any]:
-    """Return the batched cost on parameters that are there already, compiled."""
-    stacked = jax.tree.map(lambda x: x + 1e-3 * jax.random.normal(jax.random.key(9), (lanes, *x.shape)), task.params)
-    compiled = jax.jit(jax.vmap(task.cost)).lower(stacked).compile()
+def num_batches(estimate: vj.VolumeEstimate, lanes: int) -> int:
+    """Return how many batched forward passes the rays, their audit and their scouts took."""
+    trace = jax.tree.map(np.asarray, estimate.trace)
+    audits = -(-int(trace.audited.sum()) // lanes)
+    rays = trace.executed[::lanes].sum() + trace.audit_evaluations.max() * audits
+    return int(rays + estimate.scout_evaluations / 8)
+
+
+def batched(function: Callable, params: Any, lanes: int) -> Callable[[], Any]:
+    """Return `function` over parameters that are there already, compiled."""
+    stacked = jax.tree.map(lambda x: x + 1e-3 * jax.random.normal(jax.random.key(9), (lanes, *x.shape)), params)
+    compiled = jax.jit(jax.vmap(function)).lower(stacked).compile()
     return lambda: compiled(stacked)
 
 
