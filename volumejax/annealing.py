@@ -233,10 +233,9 @@ def pad(table: Table) -> Table:
     rungs, length = len(jax.tree.leaves(table)[0]), TABLE
     while length <= rungs:
         length *= 2
+    padded = jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], length - rungs, axis=0)]), table)
     with jax.enable_x64(True):
-        return jax.tree.map(
-            lambda x: jnp.asarray(np.concatenate([x, np.repeat(x[-1:], length - rungs, axis=0)])), table
-        )
+        return jax.device_put(padded)
 
 
 def travel(

@@ -82,13 +82,13 @@ def next_beta(beta: float, cost: Vector, log_weight: Vector, most: float, cutoff
     """
     # Draws whose cost is infinite are lost at the first step, however short.
     own = np.where(np.isfinite(cost), _relative(log_weight), 0.0)
+    own = own / np.sum(own)
     excess = np.where(np.isfinite(cost), cost, cost.min()) - cost.min()
-    variance = float(np.average((excess - np.average(excess, weights=own)) ** 2, weights=own))
+    variance = float(own @ (excess - own @ excess) ** 2)
 
     def unevenness(step: float) -> float:
         gain = np.exp(-step * excess)
-        mean = np.average(gain, weights=own)
-        return max(float(np.average(gain**2, weights=own) / mean**2 - 1.0), step**2 * variance)
+        return max(float(own @ gain**2 / (own @ gain) ** 2 - 1.0), step**2 * variance)
 
     low, high = math.log(1e-12 * max(beta, 1e-12)), math.log(1e12 * max(beta, 1.0))
     if unevenness(math.exp(high)) <= most:
@@ -147,11 +147,11 @@ def reduced(course: Course, prior_costs: Vector, visits: Visit) -> Seen:
             cost, log_weight, log_norm = prior_costs, np.zeros(prior_costs.shape), np.zeros(islands)
         else:
             cost, log_weight, log_norm = visits.cost[k - 1], visits.log_weight[k - 1], visits.log_norm[k - 1]
-        for e in np.flatnonzero(course.useful[:, k]):
-            inside = cost <= cutoffs[e]
-            x = np.where(inside, log_weight + beta * np.where(inside, cost, 0.0), -np.inf)
-            with np.errstate(divide="ignore"):
-                log_masses[e, k] = log_norm + logsumexp(x, axis=1) - math.log(x.shape[1])
+        useful = course.useful[:, k]
+        inside = cost <= cutoffs[useful, None, None]
+        x = np.where(inside, log_weight + beta * np.where(inside, cost, 0.0), -np.inf)
+        with np.errstate(divide="ignore"):
+            log_masses[useful, k] = log_norm + logsumexp(x, axis=2) - math.log(x.shape[2])
     with np.errstate(divide="ignore"):
         joined = logsumexp(log_masses, axis=1) - np.log(course.useful.sum(axis=1))[:, None]
     costs = np.concatenate([prior_costs[None], visits.cost])

@@ -56,8 +56,10 @@ def skewed_mean_error(log_weights: Float[np.ndarray, "weights"]) -> float:
     x = np.asarray(log_weights, np.float64)
     if len(x) < 2 or not np.all(np.isfinite(x)):
         return math.inf
+    w = np.exp(x - x.max())
     with np.errstate(over="ignore"):
-        return max(float(log_mean_error(x)), math.sqrt(float(np.expm1(np.var(x, ddof=1))) / len(x)))
+        unevenness = max(float(np.var(w, ddof=1) / np.mean(w) ** 2), float(np.expm1(np.var(x, ddof=1))))
+    return math.sqrt(unevenness / len(x))
 
 
 def split_r_hat(groups: Float[np.ndarray, "groups draws"]) -> float:

@@ -14,7 +14,7 @@ Reference: Neal, Statistics and Computing 11, 125 (2001), for the weights; here 
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -199,8 +199,7 @@ def sample(
     """Return the cost at each draw, and the mean Metropolis probability; nothing is tuned any more."""
     positions, blocks = pilot.positions, []
     for block in range(-(-num_draws // _MOVES)):
-        here = jax.random.fold_in(key, block)
-        steps = jnp.asarray(_lengths(here, _MOVES, num_steps))
+        here, steps = _drawn(key, block, num_steps)
         positions, draws = _visit(pilot.ensemble, pilot.metric, here, positions, pilot.rung, steps)
         blocks.append((np.asarray(draws.cost, np.float64), np.asarray(draws.acceptance)))
     costs, acceptance = (np.concatenate(parts)[:num_draws] for parts in zip(*blocks, strict=True))
@@ -212,6 +211,7 @@ class _Journey:
 
     def __init__(self, ensemble: Ensemble, key: Key[Array, ""], beta: float, num_steps: int) -> None:
         self.ensemble, self.key, self.beta, self.num_steps = ensemble, key, beta, num_steps
+        self.moves = jax.random.fold_in(key, 1)
         self.turns = ensemble.frame.walls is None
         self.metric = plain_metric(ensemble.frame.anchor, turns=self.turns)
         self.log_step, self.visits, self.gradients = math.log(0.1), 0, 0
@@ -239,18 +239,17 @@ class _Journey:
     def go(self, precision: float) -> None:
         """Let go to a lower precision."""
         with jax.enable_x64(True):
-            here, there, beta = (jnp.float64(x) for x in (self.precision, precision, self.beta))
+            levels = jax.device_put([np.asarray(x, np.float64) for x in (self.precision, precision, self.beta)])
         key = jax.random.fold_in(jax.random.fold_in(self.key, 2), self.visits)
-        self.positions = _stretch(self.ensemble, self.metric, key, self.positions, here, there, beta)
+        self.positions = _stretch(self.ensemble, self.metric, key, self.positions, *levels)
         self.fall = math.log(self.precision / precision)
         self.precision = precision
 
     def visit(self) -> None:
         """Move, weigh the way there, and tune the step by what was accepted."""
         self.visits += 1
-        key = jax.random.fold_in(jax.random.fold_in(self.key, 1), self.visits)
-        steps = _lengths(key, _MOVES, self.num_steps)
-        self.positions, draws = _visit(self.ensemble, self.metric, key, self.positions, self.rung(), jnp.asarray(steps))
+        key, steps = _drawn(self.moves, self.visits, self.num_steps)
+        self.positions, draws = _visit(self.ensemble, self.metric, key, self.positions, self.rung(), steps)
         self.gradients += int(np.sum(steps)) + _MOVES
         self.log_step += _GAIN * (_judged(np.asarray(draws.acceptance)) - _TARGET)
         self.log_weights += 0.5 * self.fall * _mean_square(draws, self.ensemble.dimension)
@@ -278,17 +277,18 @@ class _Journey:
     def rung(self) -> Rung:
         """Return the target and the moves as data of the compiled program."""
         stiffness = 1.0 / np.maximum(np.mean(self.seen[-1][1], axis=0), 1e-30)
+        rung = Rung(
+            precision=np.asarray(self.precision, np.float64),
+            beta=np.asarray(self.beta, np.float64),
+            masses=stiffness,
+            step_size=np.asarray(math.exp(self.log_step)),
+            spread=np.asarray(_SPREAD),
+            num_steps=np.asarray(self.num_steps, np.int32),
+            num_moves=np.asarray(1, np.int32),
+            stretch=np.zeros(2 * len(stiffness)),
+        )
         with jax.enable_x64(True):
-            return Rung(
-                precision=jnp.float64(self.precision),
-                beta=jnp.float64(self.beta),
-                masses=jnp.asarray(stiffness, jnp.float64),
-                step_size=jnp.float64(math.exp(self.log_step)),
-                spread=jnp.float64(_SPREAD),
-                num_steps=jnp.int32(self.num_steps),
-                num_moves=jnp.int32(1),
-                stretch=jnp.zeros(2 * len(stiffness), jnp.float64),
-            )
+            return jax.device_put(rung)
 
     def _look(self) -> None:
         found = [np.asarray(s) for s in slopes(self.ensemble, self.positions, 1)]
@@ -323,7 +323,12 @@ def _judged(acceptance: NDArray) -> float:
     return float(np.mean(acceptance[np.arange(len(acceptance)) % _CYCLE < _CYCLE - 1]))
 
 
-def _lengths(key: Key[Array, ""], count: int, mean: int) -> Int[NDArray, "moves"]:
-    """Draw the trajectories' numbers of steps between half and one and a half of the mean, the same for all chains."""
-    shares = np.asarray(jax.random.uniform(jax.random.fold_in(key, 2**31 - 1), (count,)))
-    return np.maximum(np.round((0.5 + shares) * mean), 1).astype(np.int32)
+@jax.jit
+def _drawn(key: Key[Array, ""], index: Any, mean: Any) -> tuple[Key[Array, ""], Int[Array, "moves"]]:
+    """Return a visit's key, and its trajectories' numbers of steps, the same for all chains.
+
+    They lie between half and one and a half of the mean.
+    """
+    here = jax.random.fold_in(key, index)
+    shares = jax.random.uniform(jax.random.fold_in(here, 2**31 - 1), (_MOVES,))
+    return here, jnp.maximum(jnp.round((0.5 + shares) * mean), 1).astype(jnp.int32)

@@ -68,9 +68,10 @@ def named(value: Any) -> str:
 
 
 def check_deterministic(cost: Callable[[PyTree], Float[Array, ""]], params: PyTree) -> None:
-    """Raise a ValueError where two evaluations of the cost near the anchor differ, each traced anew."""
+    """Raise a ValueError where two evaluations of the cost near the anchor differ, the second one traced anew."""
     nearby = jax.tree.map(lambda x: x + (1e-3 * (1.0 + jnp.abs(x))).astype(x.dtype), params)
-    values = [float(jax.jit(lambda p: cost(p))(nearby)) for _ in range(2)]
+    anew = eqx.filter_jit(lambda cost, params: cost(params))
+    values = [float(evaluate(cost, nearby)) for evaluate in (_evaluate, anew)]
     if not np.array_equal(*values, equal_nan=True):
         raise ValueError(
             f"the cost is not deterministic: two evaluations at one point gave {values[0]:.9g} and {values[1]:.9g}; "
