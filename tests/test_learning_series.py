@@ -17,7 +17,7 @@ from volumejax.records import read_run
 
 TEXT = (
     "{name: d, task: {kind: deep_linear, networks: [{widths: [2, 2, 2], rank: 2}, {widths: [1, 1, 1]}]}, "
-    "prior: {kind: gaussian, sigma: 1}, betas: [1e5, 1e3], num_chains: 16, num_draws: 160}"
+    "prior: {kind: gaussian, sigma: 1}, betas: [1e5, 1e3], num_chains: 16, num_draws: 240}"
 )
 
 
@@ -41,7 +41,7 @@ def test_rows(finished):
     assert [row.estimate["half_dimension"] for row in run.rows] == [4.0, 1.0]
     for row in run.rows:
         value, logs = row.estimate, np.log([1e3, 1e5])
-        assert value["beta"] == 1e5 and row.chains["costs_0"].shape == row.chains["costs_1"].shape == (16, 160)
+        assert value["beta"] == 1e5 and row.chains["costs_0"].shape == row.chains["costs_1"].shape == (16, 240)
         # Two columns of draws, hot first: each gives its λ̂.
         for beta, name, costs in ((1e3, "hot_value", "costs_0"), (1e5, "value", "costs_1")):
             np.testing.assert_allclose(beta * row.chains[costs].mean(), value[name], rtol=1e-5)
