@@ -107,7 +107,7 @@ def jobs(name: str, folder: str | None) -> list[Job]:
                 region,
                 None,
             )
-            for s in (task.rms, 1.3975)
+            for sigma in (task.rms, 1.3975)
             for region in (vj.Star(), vj.Connected())
         ]
     if name == "mnist":
