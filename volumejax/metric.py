@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, PyTree
 from numpy.typing import NDArray
 from scipy.special import polygamma
 
-__all__ = ["Metric", "fit_metric", "plain_metric"]
+__all__ = ["POWER", "Metric", "fit_metric", "plain_metric"]
 
 _LARGEST_SIDE = 512
 """Sides of a matrix up to this length are rotated; a longer one would cost more than the gradient."""
@@ -30,7 +30,7 @@ _FLOOR = 0.1
 """Share of a leaf's own stiffness, as its spread tells it, that every coordinate has at least."""
 _AGREES = 4.0
 """Factor by which a leaf may be wider or narrower than its curvature says, against all others, and not be rescaled."""
-_POWER = 2.0 / 3.0
+POWER = 2.0 / 3.0
 """Power of the mean precision that makes the mass. Each place of a network is stiff in other directions, few at a time:
 masses as large as the mean would hold back the many that are free there, in which the chains have far to go."""
 _CORRELATED = 4.0
@@ -56,7 +56,7 @@ class Metric(eqx.Module):
         return self._apply(vector, transpose=False)
 
     def masses(self, stiffness: Float[Array, "leaves"], precision: Array, beta: Array, like: PyTree) -> PyTree:
-        """Return each coordinate's mass, a power of its mean precision, with the same Σ 1/m.
+        """Return each coordinate's mass, ∝ a power of its mean precision, with the same Σ 1/m in each leaf.
 
         Args:
             stiffness: as for `precisions`.
@@ -64,17 +64,19 @@ class Metric(eqx.Module):
             beta: as for `precisions`.
             like: as for `precisions`.
         """
-        means = self.precisions(stiffness, precision, beta, like)
-        shapes = jax.tree.map(lambda x: x**_POWER, means)
-        total, wanted = (sum(jnp.sum(1.0 / x) for x in jax.tree.leaves(t)) for t in (shapes, means))
-        return jax.tree.map(lambda x: x * (total / wanted), shapes)
+
+        def mass(mean: Array) -> Array:
+            shape = mean**POWER
+            return shape * (jnp.sum(1.0 / shape) / jnp.sum(1.0 / mean))
+
+        return jax.tree.map(mass, self.precisions(stiffness, precision, beta, like))
 
     def precisions(self, stiffness: Float[Array, "leaves"], precision: Array, beta: Array, like: PyTree) -> PyTree:
         """Return each coordinate's mean precision, ∝ a + βc.
 
-        The unit is such that their inverses at `self.beta` add up to the whole mean square of δ, whatever the curvature says: where the
-        region is wider, trajectories have further to go. A leaf whose own mean square is more than `_AGREES` times off
-        has another curvature here than where the metric was fitted, and is rescaled by the rest.
+        The unit is such that their inverses at `self.beta` add up to the whole mean square of δ, whatever the curvature
+        says: where the region is wider, trajectories have further to go. A leaf whose own mean square is more than
+        `_AGREES` times off has another curvature here than where the metric was fitted, and is rescaled by the rest.
 
         Args:
             stiffness: one over the mean square of a leaf's coordinates.
