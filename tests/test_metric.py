@@ -86,20 +86,6 @@ def test_the_unit_of_time_is_the_width_that_was_seen():
     assert np.all(ratio > 30.0) and np.all(ratio < 100.0)
 
 
-def test_masses_are_a_power_of_the_mean_precision_and_keep_each_leafs_width():
-    params = {"a": jnp.zeros(50), "b": jnp.zeros(50)}
-    rng = np.random.default_rng(4)
-    slopes = [(rng.normal(size=(4000, 50)) * np.geomspace(1.0, 30.0, 50)).astype(np.float32) for _ in params]
-    metric = fit_metric(slopes, np.ones(4000), 1.0, turns=False)
-    about = (jnp.array([0.01, 4.0], jnp.float32), jnp.float32(1.0), jnp.float32(1.0), params)
-    masses, precisions = metric.masses(*about), metric.precisions(*about)
-    for name in params:
-        m, p = np.asarray(masses[name]), np.asarray(precisions[name])
-        assert np.sum(1.0 / m) == pytest.approx(np.sum(1.0 / p), rel=1e-5)
-        np.testing.assert_allclose(m / m[0], (p / p[0]) ** (2 / 3), rtol=1e-5)
-        assert p.max() / p.min() > 30.0
-
-
 def test_a_leaf_far_from_its_curvature_is_rescaled():
     """A leaf a hundred times narrower than where the metric was fitted; within a factor of four nothing happens."""
     params = {"a": jnp.zeros(1000), "b": jnp.zeros(10)}

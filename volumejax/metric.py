@@ -4,7 +4,7 @@ A settled ensemble obeys E[∇U ∇Uᵀ] = E[∇²U], so second moments of gradi
 eigenvectors of E[G Gᵀ] and E[Gᵀ G] are a basis in which they are nearly diagonal, and which stays good far from the
 anchor: it follows the data's covariance more than the weights. Coordinates then have the mass
 
-.. math:: m_i \propto (a + \beta c_i)^{2/3} .
+.. math:: m_i \propto a + \beta c_i .
 
 References: Gupta, Koren & Singer 2018 (Shampoo) for the two factors; Vyas et al. 2024 (SOAP) for the diagonal in their
 basis; Girolami & Calderhead 2011 for curvature as the metric of Hamiltonian moves.
@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, PyTree
 from numpy.typing import NDArray
 from scipy.special import polygamma
 
-__all__ = ["POWER", "Metric", "fit_metric", "plain_metric"]
+__all__ = ["Metric", "fit_metric", "plain_metric"]
 
 _LARGEST_SIDE = 512
 """Sides of a matrix up to this length are rotated; a longer one would cost more than the gradient."""
@@ -30,9 +30,6 @@ _FLOOR = 0.1
 """Share of a leaf's own stiffness, as its spread tells it, that every coordinate has at least."""
 _AGREES = 4.0
 """Factor by which a leaf may be wider or narrower than its curvature says, against all others, and not be rescaled."""
-POWER = 2.0 / 3.0
-"""Power of the mean precision that makes the mass. Each place of a network is stiff in other directions, few at a time:
-masses as large as the mean would hold back the many that are free there, in which the chains have far to go."""
 _CORRELATED = 4.0
 """Successive gradients of one chain count for this many times fewer."""
 
@@ -56,27 +53,11 @@ class Metric(eqx.Module):
         return self._apply(vector, transpose=False)
 
     def masses(self, stiffness: Float[Array, "leaves"], precision: Array, beta: Array, like: PyTree) -> PyTree:
-        """Return each coordinate's mass, ∝ a power of its mean precision, with the same Σ 1/m in each leaf.
+        """Return each coordinate's mass, ∝ a + βc.
 
-        Args:
-            stiffness: as for `precisions`.
-            precision: as for `precisions`.
-            beta: as for `precisions`.
-            like: as for `precisions`.
-        """
-
-        def mass(mean: Array) -> Array:
-            shape = mean**POWER
-            return shape * (jnp.sum(1.0 / shape) / jnp.sum(1.0 / mean))
-
-        return jax.tree.map(mass, self.precisions(stiffness, precision, beta, like))
-
-    def precisions(self, stiffness: Float[Array, "leaves"], precision: Array, beta: Array, like: PyTree) -> PyTree:
-        """Return each coordinate's mean precision, ∝ a + βc.
-
-        The unit is such that their inverses at `self.beta` add up to the whole mean square of δ, whatever the curvature
-        says: where the region is wider, trajectories have further to go. A leaf whose own mean square is more than
-        `_AGREES` times off has another curvature here than where the metric was fitted, and is rescaled by the rest.
+        The unit is such that Σ 1/m at `self.beta` is the whole mean square of δ, whatever the curvature says: where the
+        region is wider, trajectories have further to go. A leaf whose own mean square is more than `_AGREES` times off
+        has another curvature here than where the metric was fitted, and is rescaled by the rest.
 
         Args:
             stiffness: one over the mean square of a leaf's coordinates.
