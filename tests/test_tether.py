@@ -253,8 +253,8 @@ def test_what_matrix_products_in_short_floats_change_is_told(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     rounded = vj.tether_volume(*question, cutoff=0.1, effort=0.01)
     assert rounded.log_mass == plain.log_mass
-    # 1/11 of βC on the last rung; the chains that are asked have just come back up and lag a little.
-    assert 0.8 < 11.0 * rounded.noise / rounded.trace.energies[-1] < 1.1
+    # 1/11 of βC, which is 50 on average without the wall and less behind it.
+    assert 35 / 11 < rounded.noise < 50 / 11
     assert "jax.default_matmul_precision('highest')" in rounded.status
 
 
