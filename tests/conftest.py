@@ -193,6 +193,7 @@ def make_trace():
             "r_hat": np.array([np.nan, 1.01, 1.2, 1.05]),
             "work_std": np.ones(3),
             "separation": np.array(1.1),
+            "standstill": np.array(0.01),
             "log_weights": np.zeros(6),
             **dict.fromkeys(("betas", "energies", "energy_errors", "heat_capacities"), np.ones(3)),
             "integrated": np.array(-3.5),

@@ -29,6 +29,7 @@ def test_scalars_are_the_worst_levels(make_trace):
         "gradients": 1200,
         "max_r_hat": 1.2,
         "separation": 1.1,
+        "standstill": 0.01,
         "min_acceptance": 0.7,
         "min_overlap": 0.5,
         "integrated": -3.5,
@@ -62,6 +63,8 @@ def test_what_was_not_visited_is_nan(make_trace):
         ({"separation": np.array(7.25)}, "the chains stay in separate parts of the region (R-hat between them 7.2)"),
         ({"separation": np.array(2.0)}, None),
         ({"separation": np.array(np.nan)}, None),
+        ({"standstill": np.array(0.24)}, "a chain stood still for 24 % of its way"),
+        ({"standstill": np.array(0.04)}, None),
     ],
 )
 def test_each_remark_appears_where_it_should(make_trace, fields, words):
@@ -83,5 +86,5 @@ def test_labelled_arrays_have_the_axes_that_they_name(make_trace):
     for axes, values in labelled.values():
         assert values.shape == tuple(lengths[axis] for axis in axes)
     whole = {field.name for field in dataclasses.fields(ChainTrace)}
-    scalars = {"integrated", "integrated_virial", "separation", "gradients", "non_finite", "progress"}
+    scalars = {"integrated", "integrated_virial", "separation", "standstill", "gradients", "non_finite", "progress"}
     assert set(labelled) == whole - scalars

@@ -13,6 +13,8 @@ Numbers = Array | np.ndarray
 
 MOST_SEPARATION = 3.0
 """R-hat over chains from which on they are taken not to meet: slow mixing alone gives up to 2."""
+MOST_STANDSTILL = 0.05
+"""Share of its way over which a chain may be held in one place unmentioned."""
 MOST_R_HAT, LEAST_ESS = 1.05, 100
 """Of the cost's chains, for a learning coefficient to be quoted."""
 
@@ -146,6 +148,8 @@ class ChainTrace(eqx.Module):
     separation: Float[Numbers, ""]
     """R-hat over the chains of one pass, by quartiles, of the leaves' log squares along its last rungs, the worst leaf
     and pass: far above 1 where chains stay in separate parts of the region."""
+    standstill: Float[Numbers, ""]
+    """The largest share of a pass's gradients that one chain spent standing still, all its long trajectories refused."""
     work_std: Float[Numbers, "gaps"]
     log_weights: Float[Numbers, "chains"]
     """Annealing weights of the cooling chains, whose mean is the mass in expectation."""
@@ -196,6 +200,7 @@ class ChainTrace(eqx.Module):
             "gradients": int(self.gradients),
             "max_r_hat": self.slowest,
             "separation": float(self.separation),
+            "standstill": float(self.standstill),
             "min_acceptance": self.least_acceptance,
             "min_overlap": self.least_overlap,
             "integrated": float(self.integrated),
@@ -231,6 +236,11 @@ class ChainTrace(eqx.Module):
             remarks.append(
                 f"the chains stay in separate parts of the region (R-hat between them {self.separation:.1f}): how much "
                 "each part weighs is not known; more chains do not help, higher effort may"
+            )
+        if self.standstill > MOST_STANDSTILL:
+            remarks.append(
+                f"a chain stood still for {100 * self.standstill:.0f} % of its way, held in a place too stiff for the "
+                "steps of the others: the passes part by it; more chains or higher effort"
             )
         if self.least_acceptance < 0.05:
             remarks.append(

@@ -199,6 +199,7 @@ def _trace(tally: Tally, plan: Plan, sums: tuple | None, gradients: int, progres
         overlap=overlap,
         r_hat=r_hat,
         separation=np.asarray(tally.separation()),
+        standstill=np.asarray(tally.standstill()),
         work_std=work_std,
         log_weights=tally.log_weights,
         betas=tally.temperature.beta,

@@ -15,6 +15,8 @@ __all__ = ["COOLING", "HEATING", "Sums", "Tally"]
 COOLING, HEATING = 0, 1
 _WINDOW = 48
 """Rungs at the end of the ladder over which chains are compared with each other."""
+_REFUSED = 0.02
+"""Mean Metropolis probability of a visit's long trajectories below which the chain stood still."""
 _QUARTILES = 1.349
 """Distance of a normal distribution's quartiles in standard deviations."""
 _STRETCHES = 24
@@ -199,6 +201,20 @@ class Tally:
             within = np.median(about.var(axis=0, ddof=1), axis=0)
             worst = np.nanmax([worst, *np.sqrt(1.0 + ((high - low) / _QUARTILES) ** 2 / np.maximum(within, 1e-12))])
         return float(worst)
+
+    def standstill(self) -> float:
+        """Return the largest share of a pass's gradients that one chain spent with all its long trajectories refused.
+
+        A chain that comes by a place much stiffer than most is held there by steps that are right for the others.
+        """
+        refused = self.kappa_seen["acceptance"] < _REFUSED
+        spent = self.kappa.gradients[1:]
+        longest = here = np.zeros(refused.shape[::2])
+        # A chain that goes down stands still from rung to rung, and one that goes up likewise the other way.
+        for rung, cost in enumerate(spent, start=1):
+            here = np.where(refused[:, rung], here + cost, 0.0)
+            longest = np.maximum(longest, here)
+        return float(np.max(longest) / np.sum(spent))
 
     def ladder_error(self, differences: Vector) -> float:
         """Return the standard error of the κ ladder's ΔF from the scatter of chains on stretches of the ladder.
