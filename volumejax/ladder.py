@@ -214,11 +214,12 @@ def temperature_ladder(survey: Survey, *, decades: float, most_steps: int, budge
 def trajectory_length(confined: Vector, last: float) -> Vector:
     """Return how long trajectories are, in units of the free directions' angular period over 2π.
 
-    A quarter period where the ensemble is nearly Gaussian, longer where the region's bends make it softer than the
-    prior: most of its directions have masses below the mean, so that they turn faster.
+    A quarter period where the ensemble is nearly Gaussian, up to three and a half quarters where the region's bends
+    make it softer than the prior: on the digits network the slowest modes then lose most of their memory in one
+    trajectory.
     """
     share = np.clip(np.asarray(confined) / max(last, 1.0), 0.0, 1.0)
-    return np.asarray(0.5 * np.pi * (1.0 + 0.75 * share**4))
+    return np.asarray(0.5 * np.pi * (1.0 + 2.5 * share**4))
 
 
 def _smooth_work(survey: Survey, escort: float) -> tuple[Vector, Vector, Vector]:

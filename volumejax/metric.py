@@ -4,7 +4,7 @@ A settled ensemble obeys E[∇U ∇Uᵀ] = E[∇²U], so second moments of gradi
 eigenvectors of E[G Gᵀ] and E[Gᵀ G] are a basis in which they are nearly diagonal, and which stays good far from the
 anchor: it follows the data's covariance more than the weights. Coordinates then have the mass
 
-.. math:: m_i \propto \sqrt{a + \beta c_i} .
+.. math:: m_i \propto a + \beta c_i .
 
 References: Gupta, Koren & Singer 2018 (Shampoo) for the two factors; Vyas et al. 2024 (SOAP) for the diagonal in their
 basis; Girolami & Calderhead 2011 for curvature as the metric of Hamiltonian moves.
@@ -30,9 +30,6 @@ _FLOOR = 0.1
 """Share of a leaf's own stiffness, as its spread tells it, that every coordinate has at least."""
 _AGREES = 4.0
 """Factor by which a leaf may be wider or narrower than its curvature says, against all others, and not be rescaled."""
-_POWER = 0.5
-"""Of the mean precision, which is the mass. Each place of a network is stiff in a few directions, and others than its
-neighbours: under masses as large as the mean of both the many that are free there hardly move."""
 _CORRELATED = 4.0
 """Successive gradients of one chain count for this many times fewer."""
 
@@ -56,7 +53,11 @@ class Metric(eqx.Module):
         return self._apply(vector, transpose=False)
 
     def masses(self, stiffness: Float[Array, "leaves"], precision: Array, beta: Array, like: PyTree) -> PyTree:
-        """Return each coordinate's mass: a power of its mean precision, in the unit that keeps Σ 1/m.
+        """Return each coordinate's mass, ∝ a + βc.
+
+        The unit is such that Σ 1/m at `self.beta` is the whole mean square of δ, whatever the curvature says: where the
+        region is wider, trajectories have further to go. A leaf whose own mean square is more than `_AGREES` times off
+        has another curvature here than where the metric was fitted, and is rescaled by the rest.
 
         Args:
             stiffness: one over the mean square of a leaf's coordinates.
@@ -64,42 +65,16 @@ class Metric(eqx.Module):
             beta: β.
             like: gives the structure.
         """
-        means, scales = self._means(stiffness, precision, beta)
-        powers = [mean**_POWER for mean in means]
-        unit = _inverse_sum(powers) / _inverse_sum(means)
-        return jax.tree.unflatten(
-            jax.tree.structure(like), [unit * scale * power for scale, power in zip(scales, powers, strict=True)]
-        )
-
-    def precisions(self, stiffness: Float[Array, "leaves"], precision: Array, beta: Array, like: PyTree) -> PyTree:
-        """Return each coordinate's mean precision, ∝ a + βc.
-
-        The unit is such that their inverses at `self.beta` add up to the whole mean square of δ, whatever the curvature
-        says: where the region is wider, trajectories have further to go. A leaf whose own mean square is more than
-        `_AGREES` times off has another curvature here than where the metric was fitted, and is rescaled by the rest.
-
-        Args:
-            stiffness: as for `masses`.
-            precision: as for `masses`.
-            beta: as for `masses`.
-            like: as for `masses`.
-        """
-        means, scales = self._means(stiffness, precision, beta)
-        return jax.tree.unflatten(
-            jax.tree.structure(like), [scale * mean for scale, mean in zip(scales, means, strict=True)]
-        )
-
-    def _means(self, stiffness: Array, precision: Array, beta: Array) -> tuple[list[Array], list[Array]]:
-        """Return mean precisions as the curvature has them, and the factor by which each leaf is to be rescaled."""
         least = [precision + _FLOOR * stiffness[leaf] for leaf in range(len(self.curvature))]
         widths = [jnp.sum(1.0 / (b + self.beta * c)) for b, c in zip(least, self.curvature, strict=True)]
         seen = [c.size / stiffness[leaf] for leaf, c in enumerate(self.curvature)]
         unit = jnp.sum(jnp.stack(widths)) / jnp.sum(jnp.stack(seen))
-        scales = []
-        for width, found in zip(widths, seen, strict=True):
+        masses = []
+        for b, c, width, found in zip(least, self.curvature, widths, seen, strict=True):
             off = jnp.log(width / (unit * found))
-            scales.append(jnp.exp(jnp.sign(off) * jnp.maximum(jnp.abs(off) - jnp.log(_AGREES), 0.0)))
-        return [unit * (b + beta * c) for b, c in zip(least, self.curvature, strict=True)], scales
+            excess = jnp.sign(off) * jnp.maximum(jnp.abs(off) - jnp.log(_AGREES), 0.0)
+            masses.append(unit * jnp.exp(excess) * (b + beta * c))
+        return jax.tree.unflatten(jax.tree.structure(like), masses)
 
     def _apply(self, vector: PyTree, *, transpose: bool) -> PyTree:
         leaves, treedef = jax.tree.flatten(vector)
@@ -186,10 +161,6 @@ def _shrunk(curvature: NDArray, samples: int) -> NDArray:
     chance = float(polygamma(1, 0.5 * max(samples / _CORRELATED, 1.0)))
     trust = max(1.0 - chance / spread, 0.0) if spread > 0.0 else 0.0
     return np.exp(mean + trust * (logs - mean))
-
-
-def _inverse_sum(leaves: list[Array]) -> Array:
-    return jnp.sum(jnp.stack([jnp.sum(1.0 / x) for x in leaves]))
 
 
 def _turn(x: Array, p: Array | None, q: Array | None, transpose: bool) -> Array:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Key
 
 from volumejax import tree
 from volumejax.annealing import Record, begin, laid_out_like, pad, slopes, travel
-from volumejax.ensemble import SHORT, Ensemble, Position, Rung
+from volumejax.ensemble import Ensemble, Position, Rung
 from volumejax.ladder import Survey, best_shares, trajectory_length
 from volumejax.metric import Metric, fit_metric, plain_metric
 
@@ -49,9 +49,6 @@ _LEAST_MARGIN = 3.0
 _CHEAP, _CHEAP_SPREAD = 1000, 2.5
 """Below so many dimensions steps are spread over so many e-folds, and maps stretch all leaves alike: where regions have
 arms, no one step and no one map fits."""
-_SPREAD = 1.5
-"""And of the steps in more dimensions, where trajectories are long: a chain that comes by a place several times as
-stiff as most has to leave it. On the digits network chains stood still for a third of the ladder without."""
 _PRESSED = 3.0
 """Mean of B, in roots of D, that says that the wall is felt."""
 _INFINITE = (
@@ -280,15 +277,16 @@ class _Flight:
 
     def visit(self, x: float, beta: float, gait: _Gait, variance: np.ndarray, confined: float) -> Record:
         """Let the chains move once and measure them; those that fell outside restart from the others."""
-        spread = self.spread(gait, confined)
-        steps = int(np.clip(np.ceil(_length(confined) / gait.step * np.exp(0.5 * spread)), 2, _MOST_STEPS))
+        length = float(trajectory_length(np.asarray(confined), max(confined, 60.0)))
+        steps = int(np.clip(np.ceil(length / gait.step * np.exp(0.5 * gait.spread)), 2, _MOST_STEPS))
         # Two rungs: the chains step from the first onto the second by the pending stretch, and move there.
         rung = Rung(
             precision=np.full(3, np.exp(x)),
             beta=np.full(3, beta),
             masses=np.repeat(1.0 / variance[None], 3, axis=0),
             step_size=np.full(3, gait.step),
-            spread=np.full(3, spread),
+            # Any spread at all brings the short trajectories with it, which free chains that are held in an arm.
+            spread=np.full(3, max(gait.spread, 1e-9 if self.ensemble.dimension < _CHEAP else 0.0)),
             num_steps=np.full(3, steps, np.int32),
             num_moves=np.array([0, 1, 1], np.int32),
             stretch=np.stack([self.pending, 0.0 * self.pending, 0.0 * self.pending]),
@@ -303,13 +301,6 @@ class _Flight:
         self.memory = 0.6 * self.memory + 0.4 * record.acceptance[-1]
         self.revive()
         return Record(*(part[1:] for part in record))
-
-    def spread(self, gait: _Gait, confined: float) -> float:
-        """Return over how many e-folds the steps are spread: as the gait says, and more where trajectories are long."""
-        if self.ensemble.dimension < _CHEAP:
-            # Any spread at all brings the short trajectories with it, which free chains that are held in an arm.
-            return max(gait.spread, 1e-9)
-        return max(gait.spread, _SPREAD * float(np.clip(_length(confined) / (2.0 * SHORT * gait.step) - 1.0, 0.0, 1.0)))
 
     def learn(self, x: float, beta: float, *, keep: int) -> None:
         """Fit the metric to the slopes where the chains stand now and stood at the visits before, `keep` at most."""
@@ -402,10 +393,6 @@ class _Flight:
         return beta, natural, _Stop(stop.x, beta, gait, variance, _joined(records[-len(records) // 2 :]))
 
 
-def _length(confined: float) -> float:
-    return float(trajectory_length(np.asarray(confined), max(confined, 60.0)))
-
-
 @eqx.filter_jit
 def _permitted(ensemble: Ensemble, positions: Position) -> Bool[Array, "chains"]:
     """Return which chains stand inside the region."""
@@ -454,7 +441,6 @@ def _smooth_steps(steps: np.ndarray) -> np.ndarray:
 def _survey(flight: _Flight, stops: list[_Stop], beta: float, natural: float) -> Survey:
     ensemble, anchor_cost = flight.ensemble, flight.anchor_cost
     small = ensemble.dimension < _CHEAP
-    confined = np.array([max(beta * (float(np.mean(stop.record.cost)) - anchor_cost), 0.0) for stop in stops])
     return Survey(
         x=np.array([stop.x for stop in stops]),
         slope=[0.5 * np.exp(stop.x) * stop.record.square for stop in stops],
@@ -462,15 +448,15 @@ def _survey(flight: _Flight, stops: list[_Stop], beta: float, natural: float) ->
         leaf_variance=np.stack([stop.variance for stop in stops]),
         leaf_sizes=_leaf_sizes(ensemble),
         step_size=_smooth_steps(np.array([stop.gait.step for stop in stops])),
-        spread=np.array([flight.spread(stop.gait, c) for stop, c in zip(stops, confined, strict=True)]),
+        spread=np.array([stop.gait.spread for stop in stops]),
         room=[float(ensemble.cutoff) - stop.record.reach for stop in stops],
         rises=[np.nan_to_num(stop.record.rises) for stop in stops],
-        confined=confined,
+        confined=np.array([max(beta * (float(np.mean(stop.record.cost)) - anchor_cost), 0.0) for stop in stops]),
         as_one=flight.as_one,
         inside=np.array([float(np.mean(stop.record.inside)) if small else 1.0 for stop in stops]),
         beta=beta,
         natural_beta=natural,
         anchor_cost=anchor_cost,
-        least_spread=_CHEAP_SPREAD if small else 0.0,
+        least_spread=_CHEAP_SPREAD if tree.size(ensemble.frame.anchor) < _CHEAP else 0.0,
         ends_flat=ensemble.frame.stiffness == 0.0,
     )
