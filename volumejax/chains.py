@@ -149,7 +149,7 @@ class ChainTrace(eqx.Module):
     """R-hat over the chains of one pass, by quartiles, of the leaves' log squares along its last rungs, the worst leaf
     and pass: far above 1 where chains stay in separate parts of the region."""
     standstill: Float[Numbers, ""]
-    """The largest share of a pass's gradients that one chain spent standing still, all its long trajectories refused."""
+    """The largest share of a pass's gradients that one chain spent with all its long trajectories refused."""
     work_std: Float[Numbers, "gaps"]
     log_weights: Float[Numbers, "chains"]
     """Annealing weights of the cooling chains, whose mean is the mass in expectation."""
