@@ -63,7 +63,7 @@ def test_what_was_not_visited_is_nan(make_trace):
         ({"separation": np.array(7.25)}, "the chains stay in separate parts of the region (R-hat between them 7.2)"),
         ({"separation": np.array(2.0)}, None),
         ({"separation": np.array(np.nan)}, None),
-        ({"standstill": np.array(0.24)}, "a chain stood still for 24 % of its way"),
+        ({"standstill": np.array(0.24)}, "chains stood still for 24 % of their way"),
         ({"standstill": np.array(0.04)}, None),
     ],
 )

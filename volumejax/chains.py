@@ -14,7 +14,7 @@ Numbers = Array | np.ndarray
 MOST_SEPARATION = 3.0
 """R-hat over chains from which on they are taken not to meet: slow mixing alone gives up to 2."""
 MOST_STANDSTILL = 0.05
-"""Share of its way over which a chain may be held in one place unmentioned."""
+"""Share of their way over which chains may be held in one place unmentioned."""
 MOST_R_HAT, LEAST_ESS = 1.05, 100
 """Of the cost's chains, for a learning coefficient to be quoted."""
 
@@ -149,7 +149,8 @@ class ChainTrace(eqx.Module):
     """R-hat over the chains of one pass, by quartiles, of the leaves' log squares along its last rungs, the worst leaf
     and pass: far above 1 where chains stay in separate parts of the region."""
     standstill: Float[Numbers, ""]
-    """The largest share of a pass's gradients that one chain spent with all its long trajectories refused."""
+    """Share of a pass's gradients in the longest stretch over which a chain's long trajectories were all refused; the
+    mean over chains, of the worse pass."""
     work_std: Float[Numbers, "gaps"]
     log_weights: Float[Numbers, "chains"]
     """Annealing weights of the cooling chains, whose mean is the mass in expectation."""
@@ -239,8 +240,8 @@ class ChainTrace(eqx.Module):
             )
         if self.standstill > MOST_STANDSTILL:
             remarks.append(
-                f"a chain stood still for {100 * self.standstill:.0f} % of its way, held in a place too stiff for the "
-                "steps of the others: the passes part by it; more chains or higher effort"
+                f"chains stood still for {100 * self.standstill:.0f} % of their way, held in places too stiff for the "
+                "steps of the others, which sets the passes apart; raise effort"
             )
         if self.least_acceptance < 0.05:
             remarks.append(

@@ -203,9 +203,10 @@ class Tally:
         return float(worst)
 
     def standstill(self) -> float:
-        """Return the largest share of a pass's gradients that one chain spent with all its long trajectories refused.
+        """Return the longest share of a pass's gradients over which a chain was refused all its long trajectories.
 
-        A chain that comes by a place much stiffer than most is held there by steps that are right for the others.
+        The mean over chains, of the worse pass. A chain that comes by a place much stiffer than most is held there by
+        steps that are right for the others.
         """
         refused = self.kappa_seen["acceptance"] < _REFUSED
         spent = self.kappa.gradients[1:]
@@ -214,7 +215,7 @@ class Tally:
         for rung, cost in enumerate(spent, start=1):
             here = np.where(refused[:, rung], here + cost, 0.0)
             longest = np.maximum(longest, here)
-        return float(np.max(longest) / np.sum(spent))
+        return float(np.max(longest.mean(axis=1)) / np.sum(spent))
 
     def ladder_error(self, differences: Vector) -> float:
         """Return the standard error of the κ ladder's ΔF from the scatter of chains on stretches of the ladder.
