@@ -240,8 +240,8 @@ class ChainTrace(eqx.Module):
             )
         if self.standstill > MOST_STANDSTILL:
             remarks.append(
-                f"chains stood still for {100 * self.standstill:.0f} % of their way, held in places too stiff for the "
-                "steps of the others, which sets the passes apart; raise effort"
+                f"chains stood still for {100 * self.standstill:.0f} % of their way, held in narrow places or at the "
+                "wall, which sets the passes apart; raise effort"
             )
         if self.least_acceptance < 0.05:
             remarks.append(

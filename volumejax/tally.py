@@ -205,8 +205,8 @@ class Tally:
     def standstill(self) -> float:
         """Return the longest share of a pass's gradients over which a chain was refused all its long trajectories.
 
-        The mean over chains, of the worse pass. A chain that comes by a place much stiffer than most is held there by
-        steps that are right for the others.
+        The mean over chains, of the worse pass. Steps that are right for most chains can hold one in a place much
+        narrower than the others', or at the wall.
         """
         refused = self.kappa_seen["acceptance"] < _REFUSED
         spent = self.kappa.gradients[1:]
