@@ -65,6 +65,8 @@ def test_what_was_not_visited_is_nan(make_trace):
         ({"separation": np.array(np.nan)}, None),
         ({"standstill": np.array(0.24)}, "chains stood still for 24 % of their way"),
         ({"standstill": np.array(0.04)}, None),
+        ({"betas": np.array([300.0, 85.0, 100.0])}, "β is 0.85 of the one at which the mean cost is the cutoff"),
+        ({"betas": np.array([300.0, 200.0, 100.0])}, None),
     ],
 )
 def test_each_remark_appears_where_it_should(make_trace, fields, words):

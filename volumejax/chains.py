@@ -243,6 +243,12 @@ class ChainTrace(eqx.Module):
                 f"chains stood still for {100 * self.standstill:.0f} % of their way, held in narrow places or at the "
                 "wall, which sets the passes apart; raise effort"
             )
+        if (share := float(np.min(self.betas) / self.betas[-1])) < 1.0:
+            # The temperatures end where the mean cost is the cutoff, the warmest of them unless the chains ran warmer.
+            remarks.append(
+                f"β is {share:.2g} of the one at which the mean cost is the cutoff: chains press on the wall; raise "
+                "beta_factor"
+            )
         if self.least_acceptance < 0.05:
             remarks.append(
                 f"acceptance falls to {self.least_acceptance:.2f} on some level: its chains hardly move; raise effort"

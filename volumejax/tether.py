@@ -95,7 +95,8 @@ def tether_volume(
             small problems. The error falls like its root, the bias of slow modes like its inverse.
         num_chains: chains of each pass, at least 2; None chooses between 2 and 64 by D. At a given cost a few long
             chains lag behind less than many short ones.
-        beta_factor: multiplies the automatic inverse temperature; the answer does not depend on it.
+        beta_factor: multiplies the automatic inverse temperature; the answer does not depend on it, but well below 1
+            the chains of a network press on the wall and are slow.
         escort: largest share of a free direction's stretch that the maps between levels may take, 0 for plain weights.
         decades: how far below `cutoff` the curve reaches, in powers of ten.
         batch_size: chains at once; None takes all. Does not change the result.
