@@ -94,35 +94,6 @@ def test_a_small_budget_does_not_tear_the_ladder():
     assert np.max(-np.diff(np.log(wide.precision[1:]))) < 1.0
 
 
-def test_moves_at_one_rung_do_not_tear_the_ladder():
-    """Thousands of rungs, if the works ask for them, rather than hundreds with several moves."""
-    rungs = kappa(survey_of(600.0), budget=10.0)
-    assert np.max(-np.diff(np.log(rungs.precision[1:]))) * 600.0 < 4.0 and np.all(rungs.num_moves[1:] == 1)
-    # Where works are small many moves share a rung.
-    assert kappa(survey_of(8.0), budget=200_000.0).num_moves[-1] > 1
-
-
-def test_a_budget_too_small_for_the_rungs_makes_them_coarser():
-    """The works between neighbours grow from 2 nats to 3.5 at most."""
-    works = [
-        60.0 * np.max(-np.diff(np.log(kappa(survey_of(60.0), budget=budget).precision[1:])))
-        for budget in (10.0, 2_000.0, 20_000.0)
-    ]
-    assert 3.4 < works[0] < 3.6 and 2.1 < works[1] < 3.4 and works[2] < 2.1
-
-
-def test_rungs_are_dense_where_the_cost_feels_the_tether():
-    """A step of the tether changes the cost by ½β|δ·∇C| dx, or by λ dx where that is more: less than √λ + 3 nats."""
-    still, felt, hot = (
-        dataclasses.replace(survey_of(1e-2, confined=energy), rises=[np.full((1, TABLE, 2 * LEAVES), rise)] * STOPS)
-        for rise, energy in ((0.0, 1e-9), (-1.0, 1.0), (0.0, 900.0))
-    )
-    assert np.max(-np.diff(np.log(kappa(still, 10.0, escort=0.0).precision[1:]))) > 0.5
-    for survey, limit in ((felt, 4.0 / 500.0), (hot, 33.0 / 900.0)):
-        gaps = -np.diff(np.log(kappa(survey, 10.0, escort=0.0).precision[1:]))
-        np.testing.assert_allclose(np.median(gaps), limit, rtol=0.02)
-
-
 def test_rungs_are_dense_where_the_work_varies():
     """Four times the standard deviation takes four times the rungs. Mutation: density ∝ V takes sixteen."""
     deviation = np.where(np.linspace(8.0, 0.0, STOPS) > 4.0, 2.0, 8.0)
@@ -229,7 +200,7 @@ def test_a_stretch_that_does_harm_is_not_taken():
 
 def test_nothing_is_stretched_through_the_wall():
     """A map over 0.1 in x must not take chains out; else it stretches by a part only, in the end not at all."""
-    survey = dataclasses.replace(survey_of(1.0, covariance=0.3, confined=1.0), as_one=True)
+    survey = dataclasses.replace(survey_of(1.0, covariance=0.3), as_one=True)
     # 0.6 of a free direction's stretch over 0.1 raises the cost by ½ · 0.1 · 0.6 · (0.1 + 0.1) = 0.006.
     free, narrow, shut = (
         kappa(dataclasses.replace(survey, room=[np.full((1, TABLE), room)] * STOPS), escort=1.0)
@@ -242,13 +213,15 @@ def test_nothing_is_stretched_through_the_wall():
 
 
 def test_nothing_is_stretched_where_chains_press_on_the_wall():
-    """Within one standard deviation √λ of the energy, whatever the few chains' slopes say of the rise."""
+    """Below the natural β and within √λ nats of the wall, whatever the few chains' slopes say of the rise."""
     survey = survey_of(1.0, covariance=0.3, confined=49.0)
     survey = dataclasses.replace(survey, rises=[np.full((1, TABLE, 2 * LEAVES), -0.1)] * STOPS)
-    clear, pressed = (
-        kappa(dataclasses.replace(survey, room=[np.full((1, TABLE), nats / survey.beta)] * STOPS)) for nats in (8, 6)
+    pressed, clear, colder = (
+        kappa(dataclasses.replace(survey, natural_beta=natural, room=[np.full((1, TABLE), nats / survey.beta)] * STOPS))
+        for natural, nats in ((600.0, 6.0), (600.0, 8.0), (400.0, 6.0))
     )
-    assert np.all(total_stretch(clear)[1:-1] > 0.0) and np.all(pressed.stretch == 0.0)
+    assert np.all(pressed.stretch == 0.0)
+    assert all(np.all(total_stretch(rungs)[1:-1] > 0.0) for rungs in (clear, colder))
 
 
 def test_masses_are_one_over_the_variances():

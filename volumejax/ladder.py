@@ -27,8 +27,6 @@ _MEMORY = 3.0
 """What remembered work counts against fresh scatter: both widen the bound, but only the first sets the passes apart."""
 _LONGEST_MEMORY = 20.0
 """Visits, at most, over which chains are taken to remember."""
-_CLEAR = 1.0
-"""Room below the wall, in standard deviations of the energy, that chains need for maps: the automatic β leaves 3.5."""
 _PER_SHARE, _SURE = 8.0, 3.0
 """Works that tell one share of a stretch, and standard errors from which on a mean of B is no chance."""
 _FURTHEST = 2.0
@@ -43,9 +41,8 @@ _DIRECT = 6
 """Lags from which on autocorrelations are summed rather than extrapolated from the first."""
 _LARGEST_STEP = 0.7
 """In x: beyond that a ladder is guesswork."""
-_LARGEST_WORK, _COARSEST_WORK = 2.0, 3.5
-"""Standard deviation of the work between two rungs, in nats, that acceptance ratios bridge well, and that they can
-still bridge where the budget does not do for more rungs."""
+_LARGEST_WORK = 2.0
+"""Standard deviation of the work between two rungs, in nats, that acceptance ratios can still bridge."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,16 +92,13 @@ class Survey:
         """Over how many e-folds steps are spread."""
         return np.maximum(self.spread, self.least_spread)
 
-    @property
-    def felt(self) -> Vector:
-        """By how many nats the cost may change per unit of x that chains are too wide: ½β|δ·∇C|, and at least λ."""
-        leaves = len(self.leaf_sizes)
-        pulls = np.array([0.5 * self.beta * abs(np.mean(np.sum(r[..., :leaves], axis=-1))) for r in self.rises])
-        return np.maximum(pulls, self.confined)
-
     def pressed(self, stop: int) -> bool:
-        """Return whether chains at that stop stand closer to the wall than their energy varies: any map loses some."""
-        return bool(self.beta * np.mean(self.room[stop]) < _CLEAR * np.sqrt(self.confined[stop]))
+        """Return whether β is below the natural one and chains stand closer to the wall than their energy varies there.
+
+        Any map would lose some of them, and the slopes of few chains do not tell which.
+        """
+        near = self.beta * np.mean(self.room[stop]) < np.sqrt(self.confined[stop])
+        return bool(self.beta < self.natural_beta and near)
 
     @property
     def typical_step(self) -> Vector:
@@ -136,37 +130,29 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
 
     spreads = on_grid(survey.spreads)
     v, n, tau = (np.exp(on_grid(np.log(values))) for values in (variance, steps, memory))
-    # On the way up a step leaves the coordinates (1 − p) ½dx too wide, and what the cost gains as they shrink or share
-    # that warmth must not carry the chain through the wall.
-    put_in = (1.0 - np.clip(on_grid(share), 0.0, 1.0)) * on_grid(survey.felt)
-    gentle, work = put_in / (_RELEASE * np.sqrt(on_grid(survey.confined)) + 3.0), _LARGEST_WORK
+    floor = np.maximum(np.sqrt(v) / _LARGEST_WORK, 1.0 / _LARGEST_STEP)
+    # On the way up a step puts (1 − p) X dx nats into the chain, which must not carry it through the wall.
+    put_in = (1.0 - np.clip(on_grid(share), 0.0, 1.0)) * on_grid(np.array([np.mean(slope) for slope in survey.slope]))
+    floor = np.maximum(floor, put_in / (_RELEASE * np.sqrt(on_grid(survey.confined)) + 3.0))
     ideal = np.sqrt(v * (1.0 + _MEMORY * (tau - 1.0)) / n)
     width = (high - low) / (len(grid) - 1)
-
-    def least() -> Vector:
-        return np.maximum(gentle, np.sqrt(v) / work)
-
-    def density(scale: float) -> Vector:
-        return np.maximum(np.maximum(scale * ideal, 1.0 / _LARGEST_STEP), least())
 
     def spent(scale: float) -> float:
         ends = trajectories(n, spreads)
         price = n + (ends - 1.0) * np.maximum(n / SHORT, 1.0) + ends * (1.0 + overhead)
-        return float(np.sum(density(scale) * price) * width)
+        return float(np.sum(np.maximum(scale * ideal, floor) * price) * width)
 
     if spent(0.0) > budget:
-        # Rungs before length: shorter trajectories on a ladder that can be climbed. Only then fewer rungs.
+        # Rungs before length: shorter trajectories on a ladder that can be climbed.
         shorter = np.clip(budget / spent(0.0), _SHORTEST, 1.0)
         n, steps = np.maximum(shorter * n, 2.0), np.maximum(shorter * steps, 2.0)
-        work = float(np.clip(work * spent(0.0) / budget, work, _COARSEST_WORK))
     lower, upper = 0.0, 1e12
     for _ in range(100):
         middle = np.sqrt(max(lower, 1e-12) * upper)
         lower, upper = (middle, upper) if spent(middle) < budget else (lower, middle)
-    rungs = density(max(lower, 1e-12))
-    cumulative = np.concatenate([[0.0], np.cumsum(0.5 * (rungs[1:] + rungs[:-1]) * width)])
-    # Moves at one rung rather than more rungs, but not where that would tear the ladder.
-    moves = int(np.clip(round(cumulative[-1] / _MOST_RUNGS), 1, max(np.min(rungs / least()), 1.0)))
+    density = np.maximum(max(lower, 1e-12) * ideal, floor)
+    cumulative = np.concatenate([[0.0], np.cumsum(0.5 * (density[1:] + density[:-1]) * width)])
+    moves = max(1, round(cumulative[-1] / _MOST_RUNGS))
     count = max(int(np.ceil(cumulative[-1] / moves)), 2)
     x = np.interp(np.linspace(0.0, cumulative[-1], count + 1), cumulative, grid)
     precision = np.exp(x)
