@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from volumejax.metric import fit_metric, plain_metric
 
-ROWS, COLUMNS, SAMPLES = 5, 4, 4000
+ROWS, COLUMNS, SAMPLES = 20, 15, 4000
 BETA, PRECISION = 50.0, 2.0
 
 
@@ -40,6 +40,39 @@ def test_a_hidden_basis_is_found(planted):
     np.testing.assert_allclose(found, h, rtol=0.15, atol=2e-3)
     for have, want in ((metric.left[0], p), (metric.right[0], q)):
         np.testing.assert_allclose(np.abs(want.T @ np.asarray(have)[:, ::-1]), np.eye(len(want)), atol=0.1)
+
+
+def test_a_small_leaf_is_turned_as_a_whole():
+    """Twelve coordinates in a basis that no two factors make."""
+    rng = np.random.default_rng(4)
+    w, h = orthogonal(rng, 12), np.logspace(2, -1, 12)
+
+    def draw(basis, samples):
+        z = rng.normal(size=(samples, 12)) / np.sqrt(PRECISION + BETA * h)
+        return ((h * z) @ basis.T).reshape(samples, 4, 3).astype(np.float32)
+
+    metric = fit_metric([draw(w, SAMPLES)], np.full(SAMPLES, BETA), PRECISION, turns=True)
+    assert metric.left[0] is None
+    np.testing.assert_allclose(np.ravel(metric.curvature[0])[::-1], h, rtol=0.15, atol=2e-3)
+    np.testing.assert_allclose(np.abs(w.T @ np.asarray(metric.right[0])[:, ::-1]), np.eye(12), atol=0.1)
+    slope = draw(w, 1)[0]
+    there = metric.turned([jnp.asarray(slope)])[0]
+    np.testing.assert_allclose(np.ravel(there), np.ravel(slope) @ np.asarray(metric.right[0]), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(metric.restored([there])[0], slope, atol=1e-5 * np.abs(slope).max())
+
+
+def test_few_slopes_keep_a_small_leaf_to_the_factors():
+    """Ten slopes of 64 coordinates: what their factors' basis leaves off the diagonal, and what their own does."""
+    rng = np.random.default_rng(5)
+    factors, h = np.kron(orthogonal(rng, 8), orthogonal(rng, 8)), np.kron(np.logspace(1, -1, 8), np.logspace(1, -1, 8))
+    z = rng.normal(size=(10, 64)) / np.sqrt(PRECISION + BETA * h)
+    slopes = ((h * z) @ factors.T).astype(np.float32)
+    metric = fit_metric([slopes.reshape(10, 8, 8)], np.full(10, BETA), PRECISION, turns=True)
+    force = (factors * (h**2 / (PRECISION + BETA * h))) @ factors.T
+    off = lambda basis: 1.0 - np.sum(np.diag(basis.T @ force @ basis) ** 2) / np.sum(force**2)
+    found, own = np.asarray(metric.right[0], float), np.linalg.eigh(slopes.T.astype(float) @ slopes)[1]
+    np.testing.assert_allclose(found @ found.T, np.eye(64), atol=1e-5)
+    assert off(found) < 0.5 * off(own)
 
 
 def test_turning_and_restoring_cancel(planted):
@@ -106,7 +139,7 @@ def test_the_plain_metric_has_the_structure_of_a_fitted_one():
         "b": jnp.zeros(7),
         "c": jnp.zeros(()),
         "d": jnp.zeros((600, 2)),
-        "e": jnp.zeros(40),
+        "e": jnp.zeros(400),
     }
     slopes = [np.ones((20, *x.shape), np.float32) for x in params.values()]
     fitted, plain = fit_metric(slopes, np.ones(20), 1.0, turns=True), plain_metric(params, turns=True)

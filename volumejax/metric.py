@@ -2,7 +2,8 @@ r"""The metric of the moves: for each leaf an orthogonal change of basis and the
 
 A settled ensemble obeys E[∇U ∇Uᵀ] = E[∇²U], so second moments of gradients are mean curvatures. For a matrix leaf the
 eigenvectors of E[G Gᵀ] and E[Gᵀ G] are a basis in which they are nearly diagonal, and which stays good far from the
-anchor: it follows the data's covariance more than the weights. Coordinates then have the mass
+anchor: it follows the data's covariance more than the weights. A small leaf has one basis for all of its coordinates,
+the eigenvectors of their whole second moment, drawn towards the factors' where samples are few. The masses are
 
 .. math:: m_i \propto a + \beta c_i .
 
@@ -24,8 +25,10 @@ __all__ = ["Metric", "fit_metric", "plain_metric"]
 
 _LARGEST_SIDE = 512
 """Sides of a matrix up to this length are rotated; a longer one would cost more than the gradient."""
-_LARGEST_VECTOR, _PER_AXIS = 32, 10
-"""And vectors up to that one: eigenvectors take ten samples an axis."""
+_PER_AXIS = 10
+"""Samples an axis that eigenvectors take."""
+_LARGEST_JOINT = 256
+"""Leaves up to this size are turned as a whole."""
 _FLOOR = 0.1
 """Share of a leaf's own stiffness, as its spread tells it, that every coordinate has at least."""
 _AGREES = 4.0
@@ -39,6 +42,7 @@ class Metric(eqx.Module):
 
     left: list[Float[Array, "_ _"] | None]
     right: list[Float[Array, "_ _"] | None]
+    """Of the columns, or of a whole leaf."""
     curvature: list[Float[Array, "..."]]
     """Mean of the second derivatives of C in the whitened, turned coordinates; leaves' shapes, float32."""
     beta: Float[Array, ""]
@@ -87,10 +91,11 @@ class Metric(eqx.Module):
 def plain_metric(params: PyTree, *, turns: bool) -> Metric:
     """Return the metric that knows only the leaves' scales, with the same structure as a fitted one."""
     shapes = [jnp.shape(x) for x in jax.tree.leaves(params)]
-    sides = [_sides(shape) for shape in shapes]
+    sizes = [_bases(shape) if turns else (0, 0) for shape in shapes]
+    left, right = ([jnp.eye(n, dtype=jnp.float32) if n else None for n in side] for side in zip(*sizes, strict=True))
     return Metric(
-        left=[_eye(rows, columns) if turns else None for rows, columns in sides],
-        right=[_eye(columns, rows) if turns else None for rows, columns in sides],
+        left=left,
+        right=right,
         curvature=[jnp.zeros(shape, jnp.float32) for shape in shapes],
         beta=jnp.float32(1.0),
     )
@@ -116,6 +121,12 @@ def fit_metric(slopes: list[NDArray[np.float32]], betas: NDArray, precision: flo
         q = _basis(np.swapaxes(grids, 1, 2)) if turns else None
         grids = grids if p is None else np.einsum("ia,nij->naj", p, grids, optimize=True)
         grids = grids if q is None else grids @ q
+        if turns and _is_joint(shape):
+            grids = grids.reshape(len(grids), 1, -1)
+            # Of the factors' basis, which is the parameters' own where there is none.
+            factors = np.kron(*(np.eye(n) if b is None else b for b, n in zip((p, q), _sides(shape), strict=True)))
+            own = _joint_basis(grids[:, 0])
+            p, q, grids = None, factors @ own, grids @ own
         # The force has the second moment (βh)²/(a + βh) along a direction of curvature h that is settled at a.
         beta = float(np.mean(betas))
         force = beta * np.mean(np.square(grids), axis=0)
@@ -131,23 +142,37 @@ def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
     return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
 
 
-def _is_turned(side: int, other: int) -> bool:
-    return 1 < side <= (_LARGEST_SIDE if other > 1 else _LARGEST_VECTOR)
+def _is_joint(shape: tuple[int, ...]) -> bool:
+    return 1 < math.prod(shape) <= _LARGEST_JOINT
 
 
-def _eye(side: int, other: int) -> Array | None:
-    return jnp.eye(side, dtype=jnp.float32) if _is_turned(side, other) else None
+def _bases(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return the sizes of a leaf's bases, 0 where there is none."""
+    rows, columns = _sides(shape)
+    if _is_joint(shape):
+        return 0, rows * columns
+    if min(rows, columns) == 1:
+        return 0, 0
+    return rows * (rows <= _LARGEST_SIDE), columns * (columns <= _LARGEST_SIDE)
 
 
 def _basis(grids: NDArray) -> NDArray[np.float64] | None:
     """Return the eigenvectors of E[G Gᵀ], the parameters' own basis where samples are few, None where none is kept."""
     samples, side, other = grids.shape
-    if not _is_turned(side, other):
+    if side > _LARGEST_SIDE or min(side, other) == 1:
         return None
     if samples * other < _PER_AXIS * side:
         return np.eye(side)
     flat = np.moveaxis(grids, 1, 0).reshape(side, -1)
     return np.linalg.eigh((flat @ flat.T).astype(np.float64))[1]
+
+
+def _joint_basis(flat: NDArray) -> NDArray[np.float64]:
+    """Return the eigenvectors of the second moment, of which as much counts beside the diagonal as samples tell."""
+    samples, size = flat.shape
+    moment = (flat.T @ flat).astype(np.float64)
+    trust = samples / (samples + size)
+    return np.linalg.eigh(trust * moment + (1.0 - trust) * np.diag(np.diag(moment)))[1]
 
 
 def _shrunk(curvature: NDArray, samples: int) -> NDArray:
@@ -164,7 +189,7 @@ def _shrunk(curvature: NDArray, samples: int) -> NDArray:
 
 
 def _turn(x: Array, p: Array | None, q: Array | None, transpose: bool) -> Array:
-    grid = x if p is None and q is None else x.reshape(-1, x.shape[-1])
+    grid = x if p is None and q is None else x.reshape(-1 if p is None else len(p), -1 if q is None else len(q))
     highest = jax.lax.Precision.HIGHEST
     if p is not None:
         grid = jnp.matmul(p.T if transpose else p, grid, precision=highest)

@@ -46,9 +46,11 @@ _POOLED = 4
 """Stops whose records say together how the maps should stretch."""
 _LEAST_MARGIN = 3.0
 """And by how many nats at least: with few confined directions the energy has an exponential tail."""
-_CHEAP, _CHEAP_SPREAD = 1000, 2.5
+_CHEAP, _CHEAP_SPREAD = 1000, 1.0
 """Below so many dimensions steps are spread over so many e-folds, and maps stretch all leaves alike: where regions have
 arms, no one step and no one map fits."""
+_FEW, _FEW_SPREAD = 100, 2.5
+"""The same where there are fewer still, and arms are narrower against the rest."""
 _PRESSED = 3.0
 """Mean of B, in roots of D, that says that the wall is felt."""
 _INFINITE = (
@@ -457,6 +459,6 @@ def _survey(flight: _Flight, stops: list[_Stop], beta: float, natural: float) ->
         beta=beta,
         natural_beta=natural,
         anchor_cost=anchor_cost,
-        least_spread=_CHEAP_SPREAD if tree.size(ensemble.frame.anchor) < _CHEAP else 0.0,
+        least_spread=_FEW_SPREAD if ensemble.dimension < _FEW else _CHEAP_SPREAD if small else 0.0,
         ends_flat=ensemble.frame.stiffness == 0.0,
     )

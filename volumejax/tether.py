@@ -35,7 +35,7 @@ from volumejax.regions import Connected, Star
 from volumejax.results import VolumeEstimate, last_estimate
 from volumejax.summary import Plan, summarise
 from volumejax.tally import COOLING, HEATING, Tally
-from volumejax.validation import check_deterministic, check_question, named
+from volumejax.validation import check_deterministic, check_question, evaluate, named
 
 __all__ = ["tether_stream", "tether_volume"]
 
@@ -222,7 +222,7 @@ def tether_stream(
         key=key,
         chains=chains,
         budget=_GRADIENTS * effort * float(np.clip(4810 / dimension, 1.0, 4.0)) / len(ensemble.guides),
-        anchor_cost=float(jax.jit(lambda p: cost(p))(params)),
+        anchor_cost=float(evaluate(cost, params)),
         prior_term=float(prior.anchor_term(params)),
         proper=bool(prior.proper),
         beta_factor=beta_factor,

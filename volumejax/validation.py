@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from volumejax import tree
 from volumejax.tree import is_traced
 
-__all__ = ["check_deterministic", "check_prior", "check_question", "check_region", "named"]
+__all__ = ["check_deterministic", "check_prior", "check_question", "check_region", "evaluate", "named"]
 
 
 def check_question(
@@ -71,7 +71,7 @@ def check_deterministic(cost: Callable[[PyTree], Float[Array, ""]], params: PyTr
     """Raise a ValueError where two evaluations of the cost near the anchor differ, the second one traced anew."""
     nearby = jax.tree.map(lambda x: x + (1e-3 * (1.0 + jnp.abs(x))).astype(x.dtype), params)
     anew = eqx.filter_jit(lambda cost, params: cost(params))
-    values = [float(evaluate(cost, nearby)) for evaluate in (_evaluate, anew)]
+    values = [float(value(cost, nearby)) for value in (evaluate, anew)]
     if not np.array_equal(*values, equal_nan=True):
         raise ValueError(
             f"the cost is not deterministic: two evaluations at one point gave {values[0]:.9g} and {values[1]:.9g}; "
@@ -116,7 +116,7 @@ def _check_scalar(cost: Callable[[PyTree], Any], params: PyTree) -> np.dtype:
 
 
 def _check_anchor(cost: Callable[[PyTree], Array], params: PyTree, cutoff: float) -> None:
-    value = _evaluate(cost, params)
+    value = evaluate(cost, params)
     if is_traced(value):  # by what the cost closes over
         return
     here = float(value)
@@ -132,5 +132,6 @@ def _check_anchor(cost: Callable[[PyTree], Array], params: PyTree, cutoff: float
 
 
 @eqx.filter_jit
-def _evaluate(cost: Callable[[PyTree], Array], params: PyTree) -> Array:
+def evaluate(cost: Callable[[PyTree], Array], params: PyTree) -> Array:
+    """Return the cost, compiled once for all callers."""
     return cost(params)
