@@ -209,6 +209,17 @@ def test_passes_of_a_few_chains_go_without_r_hat(settled, make_trace):
     assert many.summary().count("max R-hat 1.20") == 2
 
 
+def test_a_pass_that_lost_every_chain_is_named(settled, make_trace):
+    for lost, words in (
+        ([np.nan, -3.0], "cooling lost every chain at the wall and heating says -3.00"),
+        ([-3.0, np.inf], "cooling says -3.00 and heating lost every chain at the wall"),
+    ):
+        estimate = dataclasses.replace(
+            settled, trace=make_trace(), kind=np.asarray(Kind.NOT_MIXED, np.int32), hysteresis=np.array(lost)
+        )
+        assert f"not mixed: {words}" in estimate.status
+
+
 def test_terms_are_left_out_where_there_is_no_anchor(settled):
     nan = np.asarray(np.nan)
     whole = dataclasses.replace(settled, log_mass=np.asarray(0.0), prior_term=nan, volume_term=nan)

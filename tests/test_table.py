@@ -98,6 +98,13 @@ def test_chains_that_have_not_mixed_claim_a_bound(make_tether):
     assert table.shown(row) == -614.23
 
 
+def test_a_pass_that_lost_its_chains_is_not_taken_for_the_other(make_tether):
+    lost = make_tether("t", kind="not_mixed", hysteresis_cooling=math.nan, hysteresis_heating=-30.0)
+    assert table.cells(lost).passes == "lost\n-30.0"
+    running = make_tether("t", complete=False, kind="lower_bound", hysteresis_heating=math.nan)
+    assert table.cells(running).passes == "-601.0"
+
+
 def test_interrupted_chains_say_how_far_they_came(make_tether):
     row = make_tether("t", complete=False, kind="lower_bound", progress=0.43, hysteresis_heating=math.nan)
     cells = table.cells(row)

@@ -245,3 +245,29 @@ def test_a_standstill_is_the_longest_unbroken_stretch(make_tally):
         for place in refused:
             tally.kappa_seen["acceptance"][place] = 0.0
         np.testing.assert_allclose(tally.standstill(), share / CHAINS)
+
+
+def test_where_every_chain_is_lost_the_bound_is_that_of_the_tether_they_came_by(make_tally):
+    """All images of the last but one rung lie outside; until then each chain's weight is known exactly."""
+    tally = make_tally()
+    rungs = list(range(LEVELS))
+    seen = record(rungs, KAPPA_STEPS, np.full((LEVELS, CHAINS), 0.1))
+    seen.work_down[2] = np.inf
+    tally.add_kappa(COOLING, rungs, seen)
+    lost = tally.bound_weights(np.full(CHAINS, 0.1), 20.0)
+    assert np.all(np.isneginf(lost))
+    # Of two rungs on the way, by β C = 2 nats each, with a share of 5 %.
+    ways = REFERENCE + 2.0 - np.array([KAPPA_STEPS[0], KAPPA_STEPS[0] + KAPPA_STEPS[1]])
+    np.testing.assert_allclose(tally.hedged(lost), np.log(0.05) + np.log(np.mean(np.exp(ways))))
+    kept = np.full(CHAINS, 30.0)
+    np.testing.assert_allclose(tally.hedged(kept), 30.0 + np.log(0.95), atol=1e-6)
+
+
+def test_a_chain_drawn_outside_says_nothing_on_its_way(make_tally):
+    tally = make_tally()
+    rungs = list(range(LEVELS))
+    seen = record(rungs, KAPPA_STEPS, np.full((LEVELS, CHAINS), 0.1))
+    seen.permitted[:, 0], seen.cost[:, 0], seen.work_down[:, 0] = False, np.inf, np.inf
+    tally.add_kappa(COOLING, rungs, seen)
+    hedged = tally.hedged(tally.bound_weights(np.full(CHAINS, 0.1), 20.0))
+    assert np.isneginf(hedged[0]) and np.all(np.isfinite(hedged[1:]))

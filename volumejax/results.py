@@ -210,11 +210,12 @@ class VolumeEstimate(eqx.Module):
     def _chain_remarks(self, kind: Kind, trace: ChainTrace) -> list[str]:
         remarks = []
         if kind is Kind.NOT_MIXED:
-            cooling, heating = (float(x) for x in self.hysteresis)
-            remarks.append(
-                f"not mixed: cooling says {cooling:.2f} and heating {heating:.2f}{_max_r_hat(trace)}; only `lower` may "
-                "be quoted; raise effort"
+            passes = dict(zip(("cooling", "heating"), (float(x) for x in self.hysteresis), strict=True))
+            says = " and ".join(
+                f"{name} says {value:.2f}" if math.isfinite(value) else f"{name} lost every chain at the wall"
+                for name, value in passes.items()
             )
+            remarks.append(f"not mixed: {says}{_max_r_hat(trace)}; only `lower` may be quoted; raise effort")
         elif kind is Kind.LOWER_BOUND:
             remarks.append("a lower bound: the heating pass that would show the bias has not ended")
         return remarks + trace.remarks()

@@ -59,12 +59,12 @@ def summarise(
     }
     if weights is None or not finished:
         x = np.full(tally.chains, -np.inf) if weights is None else weights
-        lower = float(certified_lower(x))
+        lower = float(certified_lower(tally.hedged(x)))
         return _estimate(
             tally, plan, base, trace, weights=x, log_mass=lower, std_error=np.inf, lower=lower,
             kind=Kind.LOWER_BOUND, hysteresis=(np.nan, np.nan),
         )  # fmt: skip
-    lower = float(certified_lower(weights))
+    lower = float(certified_lower(tally.hedged(weights)))
     everyone = np.arange(tally.chains)
     heated = final and bool(np.isfinite(tally.kappa_seen["work_up"][HEATING, 1]).any())
     passes = (COOLING, HEATING) if heated else (COOLING,)

@@ -57,13 +57,16 @@ def cells(row: Row) -> Cells:
         return _coefficient_cells(row)
     lower = "" if is_bound(value) else round_down(float(value["lower"]), 1)
     if row.from_chains:
-        passes = (value.get("hysteresis_cooling", math.nan), value.get("hysteresis_heating", math.nan))
+        passes = [float(value.get(f"hysteresis_{which}", math.nan)) for which in ("cooling", "heating")]
+        # A pass that lost all of its chains is not to be taken for the other.
+        gone = "lost" if row.complete and any(map(math.isfinite, passes)) else ""
+        shown = [number(x, 1) if math.isfinite(x) else gone for x in passes]
         done = 100 * float(value["progress"])
         return Cells(
             method=row.label if row.complete else f"{row.label} (partial, {done:.0f} %)",
             log_mass=claim(value).replace(", ", "\n"),
             lower=lower,
-            passes="\n".join(number(x, 1) for x in passes if math.isfinite(float(x))),
+            passes="\n".join(filter(None, shown)),
             evaluations=number(value["gradients"], 0),
             seconds=number(row.seconds, 1),
         )

@@ -21,6 +21,8 @@ _QUARTILES = 1.349
 """Distance of a normal distribution's quartiles in standard deviations."""
 _STRETCHES = 24
 """Of the ladder, as many as its error is made of: each longer than the chains remember."""
+_HEDGE = 0.05
+"""Weight in the bound of what chains said on their way down, which is left where the maps lose all of them."""
 Vector = NDArray[np.float64]
 
 
@@ -72,6 +74,8 @@ class Tally:
         self.log_weights = np.full(chains, log_reference)
         """Annealing weights of the cooling chains so far, without the final factor."""
         self.final_costs: list[Vector] = []
+        self.on_the_way = np.full(chains, -np.inf)
+        """log of the sum over the κ rungs so far of each chain's weight for the mass under that rung's tether."""
 
     def add_kappa(self, which: int, rungs: list[int], record: Record) -> None:
         """Enter visits to the κ ladder."""
@@ -81,6 +85,10 @@ class Tally:
             for name, seen in self.kappa_seen.items():
                 seen[which, rung] = np.where(counts, getattr(record, name)[row], np.nan)
             self.squares[which][rung] = np.where(counts[:, None], record.leaf_squares[row], np.nan)
+            if which == COOLING and 0 < rung < len(self.kappa.precision) - 1:
+                alive = counts & np.isfinite(self.log_weights)
+                here = self.log_weights + self.kappa.beta[rung] * np.where(alive, record.cost[row], 0.0)
+                self.on_the_way = np.logaddexp(self.on_the_way, np.where(alive, here, -np.inf))
             if which == COOLING and rung < len(self.kappa.precision) - 1:
                 self.log_weights = self.log_weights - record.work_down[row]
 
@@ -102,6 +110,15 @@ class Tally:
             energies = natural * np.stack(self.final_costs)
             return self.log_weights + logsumexp(energies, axis=0) - np.log(len(energies))
         return self.log_weights + beta * cutoff_costs
+
+    def hedged(self, log_weights: Vector) -> Vector:
+        """Return the weights mixed with those for the masses under the tethers that the chains came by.
+
+        A tether only takes mass away, so the mean of the mixture is below the mass too; and where the maps have lost
+        every chain on the way it is not zero.
+        """
+        ways = max(len(self.kappa.precision) - 2, 1)
+        return np.logaddexp(np.log1p(-_HEDGE) + log_weights, np.log(_HEDGE / ways) + self.on_the_way)
 
     def sums(
         self,
