@@ -85,11 +85,10 @@ class Tally:
             for name, seen in self.kappa_seen.items():
                 seen[which, rung] = np.where(counts, getattr(record, name)[row], np.nan)
             self.squares[which][rung] = np.where(counts[:, None], record.leaf_squares[row], np.nan)
-            if which == COOLING and 0 < rung < len(self.kappa.precision) - 1:
-                alive = counts & np.isfinite(self.log_weights)
-                here = self.log_weights + self.kappa.beta[rung] * np.where(alive, record.cost[row], 0.0)
-                self.on_the_way = np.logaddexp(self.on_the_way, np.where(alive, here, -np.inf))
             if which == COOLING and rung < len(self.kappa.precision) - 1:
+                if rung > 0:
+                    energy = self.kappa.beta[rung] * np.where(counts, record.cost[row], -np.inf)
+                    self.on_the_way = np.logaddexp(self.on_the_way, self.log_weights + energy)
                 self.log_weights = self.log_weights - record.work_down[row]
 
     def add_temperature(self, which: int, rungs: list[int], record: Record, *, weighs: bool) -> None:
