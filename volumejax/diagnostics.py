@@ -1,7 +1,7 @@
 """How far a set of importance weights can be trusted. Log weights in nats, float64 throughout."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,13 @@ _FEWEST = 25
 """With fewer weights the tail fit has under five points and says nothing."""
 
 
-def effective_sample_size(log_weights: Float[Array | np.ndarray, "rays"]) -> Float[Array, ""]:
+def effective_sample_size(log_weights: Float[Array | np.ndarray, "rays"]) -> Float[Array | np.ndarray, ""]:
     """Return Kish's effective sample size, (Σw)²/Σw²; 0 where every weight is 0."""
     with jax.enable_x64(True):
+        xp = _namespace(log_weights)
         w = _relative(log_weights)
-        square = jnp.sum(w * w)
-        return jnp.where(square > 0.0, jnp.sum(w) ** 2 / jnp.where(square > 0.0, square, 1.0), 0.0)
+        square = xp.sum(w * w)
+        return xp.asarray(xp.where(square > 0.0, xp.sum(w) ** 2 / xp.where(square > 0.0, square, 1.0), 0.0))
 
 
 def log_mean_error(log_weights: Float[Array | np.ndarray, "rays"]) -> Float[Array, ""]:
@@ -168,29 +169,33 @@ def pareto_k(log_weights: Float[Array | np.ndarray, "rays"], resolution: ArrayLi
         return jnp.where(jnp.isfinite(top) & flat, -jnp.inf, jnp.where(fits, k, jnp.inf))
 
 
-def certified_lower(log_weights: Float[Array | np.ndarray, "rays"], probability: float = 0.05) -> Float[Array, ""]:
+def certified_lower(
+    log_weights: Float[Array | np.ndarray, "rays"], probability: float = 0.05
+) -> Float[Array | np.ndarray, ""]:
     r"""Return a lower bound on log E[w] that fails with at most `probability`, whatever the distribution of w ≥ 0.
 
     For blocks of fixed size the product of B block means has expectation (E w)^B, so by Markov's inequality
     log E w ≥ (1/B) Σ log(block mean) − log(1/p)/B with probability 1 − p. Three block sizes, n, about √n and 1, share
     the allowance equally; the best of the three counts.
     """
-    with jax.enable_x64(True):
-        x = jnp.asarray(log_weights).astype(jnp.float64)
-        n = x.shape[0]
-        sizes = sorted({1, math.isqrt(n), n})
-        penalty = math.log(len(sizes) / probability)
+    n = log_weights.shape[0]
+    sizes = sorted({1, math.isqrt(n), n})
+    penalty = math.log(len(sizes) / probability)
+    with jax.enable_x64(True), np.errstate(divide="ignore"):
+        xp = _namespace(log_weights)
+        x = xp.append(xp.asarray(log_weights).astype(xp.float64), -np.inf)
         bounds = []
         for size in sizes:
             blocks = n // size
-            counts = np.diff([round(i * n / blocks) for i in range(blocks + 1)])
-            ids = jnp.asarray(np.repeat(np.arange(blocks), counts))
-            top = jax.ops.segment_max(x, ids, blocks)
-            safe = jnp.where(jnp.isfinite(top), top, 0.0)
-            sums = jax.ops.segment_sum(jnp.exp(x - safe[ids]), ids, blocks)
-            log_means = safe + jnp.log(sums) - np.log(counts)
-            bounds.append(jnp.mean(log_means) - penalty / blocks)
-        return jnp.max(jnp.stack(bounds))
+            edges = np.array([round(i * n / blocks) for i in range(blocks + 1)])
+            members = edges[:-1, None] + np.arange(np.max(np.diff(edges)))
+            # What sticks out of a shorter block is the weight 0 at the end.
+            rows = x[np.where(members < edges[1:, None], members, n)]
+            top = xp.max(rows, axis=1, keepdims=True)
+            safe = xp.where(xp.isfinite(top), top, 0.0)
+            log_sums = safe[:, 0] + xp.log(xp.sum(xp.exp(rows - safe), axis=1))
+            bounds.append(xp.mean(log_sums - np.log(np.diff(edges))) - penalty / blocks)
+        return xp.asarray(xp.max(xp.stack(bounds)))
 
 
 def log_share_upper(passing: int, draws: int, probability: float = 0.05) -> float:
@@ -205,11 +210,17 @@ def log_share_upper(passing: int, draws: int, probability: float = 0.05) -> floa
     return float(np.log(betaincinv(passing + 1, draws - passing, 1.0 - probability)))
 
 
-def _relative(log_weights: Array | np.ndarray) -> Array:
+def _namespace(log_weights: Array | np.ndarray) -> Any:
+    """Return NumPy for what lies on the host, where JAX would take a hundred times as long op by op; else jax.numpy."""
+    return np if isinstance(log_weights, np.ndarray) else jnp
+
+
+def _relative(log_weights: Array | np.ndarray) -> Any:
     """Return the weights over their maximum; zeros where every weight is 0."""
-    x = jnp.asarray(log_weights).astype(jnp.float64)
-    top = jnp.max(x)
-    return jnp.exp(x - jnp.where(jnp.isneginf(top), 0.0, top))
+    xp = _namespace(log_weights)
+    x = xp.asarray(log_weights).astype(xp.float64)
+    top = xp.max(x)
+    return xp.exp(x - xp.where(xp.isneginf(top), 0.0, top))
 
 
 def _fit_shape(excess: Float[Array, "tail"]) -> Float[Array, ""]:

@@ -92,12 +92,12 @@ def plain_metric(params: PyTree, *, turns: bool) -> Metric:
     """Return the metric that knows only the leaves' scales, with the same structure as a fitted one."""
     shapes = [jnp.shape(x) for x in jax.tree.leaves(params)]
     sizes = [_bases(shape) if turns else (0, 0) for shape in shapes]
-    left, right = ([jnp.eye(n, dtype=jnp.float32) if n else None for n in side] for side in zip(*sizes, strict=True))
+    left, right = ([_on_device(np.eye(n)) if n else None for n in side] for side in zip(*sizes, strict=True))
     return Metric(
         left=left,
         right=right,
-        curvature=[jnp.zeros(shape, jnp.float32) for shape in shapes],
-        beta=jnp.float32(1.0),
+        curvature=[_on_device(np.zeros(shape)) for shape in shapes],
+        beta=_on_device(np.ones(())),
     )
 
 
@@ -131,10 +131,15 @@ def fit_metric(slopes: list[NDArray[np.float32]], betas: NDArray, precision: flo
         beta = float(np.mean(betas))
         force = beta * np.mean(np.square(grids), axis=0)
         felt = 0.5 * (force + np.sqrt(force * (force + 4.0 * precision))) / beta
-        curvature.append(jnp.asarray(_shrunk(felt, len(slope)).reshape(shape), jnp.float32))
-        left.append(None if p is None else jnp.asarray(p, jnp.float32))
-        right.append(None if q is None else jnp.asarray(q, jnp.float32))
-    return Metric(left, right, curvature, jnp.float32(np.mean(betas)))
+        curvature.append(_on_device(_shrunk(felt, len(slope)).reshape(shape)))
+        left.append(None if p is None else _on_device(p))
+        right.append(None if q is None else _on_device(q))
+    return Metric(left, right, curvature, _on_device(np.asarray(np.mean(betas))))
+
+
+def _on_device(values: NDArray) -> Array:
+    """Return a float32 array, cast on the host: JAX would compile a cast for every shape."""
+    return jnp.asarray(values.astype(np.float32))
 
 
 def _sides(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -69,7 +69,7 @@ def summarise(
     heated = final and bool(np.isfinite(tally.kappa_seen["work_up"][HEATING, 1]).any())
     passes = (COOLING, HEATING) if heated else (COOLING,)
     if not final:
-        cooling = tally.sums(plan.cutoffs, plan.cutoff, chains=everyone, passes=(COOLING,)).log_mass
+        cooling = tally.log_mass(plan.cutoff, chains=everyone, passes=(COOLING,))
         return _estimate(
             tally, plan, base, trace, weights=weights, log_mass=cooling, std_error=np.inf, lower=lower,
             kind=Kind.LOWER_BOUND, hysteresis=(cooling, np.nan),
@@ -82,18 +82,17 @@ def summarise(
         )  # fmt: skip
     groups = min(_GROUPS, tally.chains)
     label = everyone % groups
-    none = plan.cutoffs[:0]
-    alone = [tally.sums(none, plan.cutoff, chains=everyone, passes=(which,)) for which in (COOLING, HEATING)]
+    cooling, heating = (
+        tally.log_mass(plan.cutoff, chains=everyone, passes=(which,), near=whole) for which in (COOLING, HEATING)
+    )
     without, differences = [], []
     for group in range(groups):
         kept = everyone[label != group]
         without.append(tally.sums(plan.cutoffs, plan.cutoff, chains=kept, passes=passes, near=whole))
         one, other = (
-            tally.sums(none, plan.cutoff, chains=kept, passes=(which,), near=alone[which]).log_mass
-            for which in (COOLING, HEATING)
+            tally.log_mass(plan.cutoff, chains=kept, passes=(which,), near=whole) for which in (COOLING, HEATING)
         )
         differences.append(one - other)
-    cooling, heating = (alone[which].log_mass for which in (COOLING, HEATING))
     statistical = max(
         float(_jackknife(np.array([sums.log_mass for sums in without]))), tally.ladder_error(whole.kappa_differences)
     )

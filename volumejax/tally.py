@@ -1,6 +1,7 @@
 """From the records of chains to free energies: what was seen on which rung, and what it adds up to."""
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,23 @@ class Sums:
     beta_differences: Vector
 
 
+class _Joined(NamedTuple):
+    """Free energies of both ladders, and the samples of the temperature ladder."""
+
+    kappa_differences: Vector
+    beta_differences: Vector
+    log_z: Vector
+    """Of each temperature, shape (rungs,)."""
+    costs: Vector
+    reaches: Vector
+    """Of all samples, shape (samples,)."""
+    counts: Vector
+    """Samples at each temperature, shape (rungs,)."""
+
+    def log_masses(self, betas: Vector, cutoffs: Vector) -> Vector:
+        return log_total_mass(self.costs, self.reaches, betas, self.counts, self.log_z, cutoffs)
+
+
 class Tally:
     """Collects records, and reduces them.
 
@@ -71,6 +89,7 @@ class Tally:
         self.squares: list[dict[int, Vector]] = [{}, {}]
         """Of each pass and rung: the leaves' |δ|², shape (chains, leaves)."""
         self.temperature_seen: list[tuple[int, int, dict[str, Vector]]] = []
+        self._tables: dict[tuple[int, ...], list[Vector]] = {}
         self.log_weights = np.full(chains, log_reference)
         """Annealing weights of the cooling chains so far, without the final factor."""
         self.final_costs: list[Vector] = []
@@ -97,6 +116,7 @@ class Tally:
             names = ("cost", "reach", "work_down", "work_up", "acceptance")
             seen = {name: np.where(record.permitted[row], getattr(record, name)[row], np.nan) for name in names}
             self.temperature_seen.append((which, rung, seen))
+            self._tables = {}
             if weighs and rung < len(self.temperature.beta) - 1:
                 self.log_weights = self.log_weights - record.work_down[row]
             elif weighs:
@@ -119,6 +139,11 @@ class Tally:
         ways = max(len(self.kappa.precision) - 2, 1)
         return np.logaddexp(np.log1p(-_HEDGE) + log_weights, np.log(_HEDGE / ways) + self.on_the_way)
 
+    def log_mass(self, cutoff: float, *, chains: NDArray, passes: tuple[int, ...], near: Sums | None = None) -> float:
+        """Return what the records of the given chains and passes say of the mass; `near` as for `sums`."""
+        joined = self._join(chains, passes, near)
+        return float(joined.log_masses(np.asarray(self.temperature.beta), np.array([cutoff]))[0])
+
     def sums(
         self,
         cutoffs: Vector,
@@ -129,6 +154,20 @@ class Tally:
         near: Sums | None = None,
     ) -> Sums:
         """Reduce the records of the given chains and passes; `near` is the result for nearly the same."""
+        joined = self._join(chains, passes, near)
+        masses = joined.log_masses(np.asarray(self.temperature.beta), np.append(cutoffs, cutoff))
+        energies, heat_capacities = self._energies(joined)
+        return Sums(
+            log_mass=float(masses[-1]),
+            curve=masses[:-1],
+            energies=energies,
+            heat_capacities=heat_capacities,
+            kappa_differences=joined.kappa_differences,
+            beta_differences=joined.beta_differences,
+        )
+
+    def _join(self, chains: NDArray, passes: tuple[int, ...], near: Sums | None) -> "_Joined":
+        """Join neighbouring rungs of both ladders by the works of the given chains and passes."""
         down = self.kappa_seen["work_down"][np.ix_(np.array(passes), np.arange(len(self.kappa.precision)), chains)]
         # The reference is drawn once, for both passes.
         down[:, 0] = self.kappa_seen["work_down"][COOLING, 0, chains]
@@ -136,22 +175,10 @@ class Tally:
         kappa_differences = acceptance_ratio(
             _rows(down)[:-1], _rows(up)[1:], None if near is None else near.kappa_differences
         )
-        count = len(self.temperature.beta)
-        of_rung: list[list[dict[str, Vector]]] = [[] for _ in range(count)]
-        for which, rung, seen in self.temperature_seen:
-            if which in passes:
-                of_rung[rung].append({name: value[chains] for name, value in seen.items()})
-
-        def together(rung: int, name: str) -> Vector:
-            return np.concatenate([seen[name] for seen in of_rung[rung]]) if of_rung[rung] else np.zeros(0)
-
-        longest = max(sum(len(seen["cost"]) for seen in group) for group in of_rung)
-
-        def table(name: str) -> Vector:
-            rows = [together(rung, name) for rung in range(count)]
-            return np.stack([np.pad(row, (0, longest - len(row)), constant_values=np.nan) for row in rows])
-
-        beta_differences = acceptance_ratio(table("work_down")[:-1], table("work_up")[1:])
+        costs, reaches, down, up = (
+            table[:, :, chains].reshape(len(table), -1) for table in self._temperature_tables(passes)
+        )
+        beta_differences = acceptance_ratio(down[:-1], up[1:], None if near is None else near.beta_differences)
         # Outwards from the joint rung, so that what a pass did not visit spoils nothing else. Where one pass has no
         # finite work at all, a difference is infinite, and what comes after it may be unknown.
         with np.errstate(invalid="ignore"):
@@ -159,36 +186,35 @@ class Tally:
             colder = np.cumsum(beta_differences[: self.joint][::-1])[::-1]
             warmer = -np.cumsum(beta_differences[self.joint :])
             log_z = log_end + np.concatenate([colder, [0.0], warmer])
-        costs, reaches = table("cost"), table("reach")
-        counts = np.sum(~np.isnan(costs), axis=1).astype(float)
         present = ~np.isnan(costs)
-        masses = log_total_mass(
-            costs[present],
-            reaches[present],
-            np.asarray(self.temperature.beta),
-            counts,
-            log_z,
-            np.append(cutoffs, cutoff),
-        )
-        energies, heat_capacities = self._energies(costs[present], reaches[present], counts, log_z)
-        return Sums(
-            log_mass=float(masses[-1]),
-            curve=masses[:-1],
-            energies=energies,
-            heat_capacities=heat_capacities,
-            kappa_differences=kappa_differences,
-            beta_differences=beta_differences,
-        )
+        counts = np.sum(present, axis=1).astype(float)
+        return _Joined(kappa_differences, beta_differences, log_z, costs[present], reaches[present], counts)
 
-    def _energies(self, costs: Vector, reaches: Vector, counts: Vector, log_z: Vector) -> tuple[Vector, Vector]:
+    def _temperature_tables(self, passes: tuple[int, ...]) -> list[Vector]:
+        """Return costs, reaches and works down and up by rung, visit and chain, NaN where there were fewer visits."""
+        if passes not in self._tables:
+            rungs: list[list[dict[str, Vector]]] = [[] for _ in self.temperature.beta]
+            for which, rung, seen in self.temperature_seen:
+                if which in passes:
+                    rungs[rung].append(seen)
+            shape = (len(rungs), max(map(len, rungs)), self.chains)
+            tables = {name: np.full(shape, np.nan) for name in ("cost", "reach", "work_down", "work_up")}
+            for name, table in tables.items():
+                for rung, visits in enumerate(rungs):
+                    for row, seen in enumerate(visits):
+                        table[rung, row] = seen[name]
+            self._tables[passes] = list(tables.values())
+        return self._tables[passes]
+
+    def _energies(self, joined: "_Joined") -> tuple[Vector, Vector]:
         """Return λ̂ and the heat capacity at each β, from all samples: the cost of a point is its reach."""
         beta = np.asarray(self.temperature.beta)
-        log_density = log_mixture(costs, beta, counts, log_z)
-        inside = np.isfinite(log_density) & np.isfinite(reaches)
+        log_density = log_mixture(joined.costs, beta, joined.counts, joined.log_z)
+        inside = np.isfinite(log_density) & np.isfinite(joined.reaches)
         means, variances = np.full((2, len(beta)), np.nan)
-        rise, log_density = reaches[inside] - self.anchor_cost, log_density[inside]
+        rise, log_density = joined.reaches[inside] - self.anchor_cost, log_density[inside]
         for k, b in enumerate(beta):
-            if counts[k] == 0 or not inside.any():
+            if joined.counts[k] == 0 or not inside.any():
                 continue
             weight = -b * rise - log_density
             weight = np.exp(weight - weight.max())
