@@ -218,6 +218,18 @@ def test_a_pass_that_lost_every_chain_is_named(settled, make_trace):
             settled, trace=make_trace(), kind=np.asarray(Kind.NOT_MIXED, np.int32), hysteresis=np.array(lost)
         )
         assert f"not mixed: {words}" in estimate.status
+        assert "nan" not in estimate.summary() and "lost every chain" in estimate.summary()
+
+
+def test_a_bound_says_whether_the_run_has_ended(settled, make_trace):
+    def stopped(progress):
+        kind, nothing = np.asarray(Kind.LOWER_BOUND, np.int32), np.full(2, np.nan)
+        trace = make_trace(progress=np.array(progress), overlap=np.full(3, np.nan))
+        return dataclasses.replace(settled, trace=trace, kind=kind, hysteresis=nothing)
+
+    assert "has not ended" in stopped(0.5).status and "lost" not in stopped(0.5).summary()
+    assert "lost" in stopped(1.0).status and "has not ended" not in stopped(1.0).summary()
+    assert "overlap nan" not in stopped(0.5).summary() and "cooling has not ended" in stopped(0.5).summary()
 
 
 def test_terms_are_left_out_where_there_is_no_anchor(settled):

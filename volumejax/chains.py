@@ -194,6 +194,11 @@ class ChainTrace(eqx.Module):
         seen = np.asarray(self.overlap)
         return float(np.nanmin(seen)) if np.isfinite(seen).any() else math.nan
 
+    @property
+    def ended(self) -> bool:
+        """Whether the run came to its end."""
+        return float(self.progress) >= 1.0
+
     def scalars(self) -> dict[str, float | int]:
         """Return the numbers that a logger wants."""
         return {

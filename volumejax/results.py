@@ -210,15 +210,21 @@ class VolumeEstimate(eqx.Module):
     def _chain_remarks(self, kind: Kind, trace: ChainTrace) -> list[str]:
         remarks = []
         if kind is Kind.NOT_MIXED:
-            passes = dict(zip(("cooling", "heating"), (float(x) for x in self.hysteresis), strict=True))
-            says = " and ".join(
-                f"{name} says {value:.2f}" if math.isfinite(value) else f"{name} lost every chain at the wall"
-                for name, value in passes.items()
-            )
+            says = " and ".join(self._passes(trace))
             remarks.append(f"not mixed: {says}{_max_r_hat(trace)}; only `lower` may be quoted; raise effort")
+        elif kind is Kind.LOWER_BOUND and trace.ended:
+            remarks.append("a lower bound: on some rung every chain was lost at the wall; raise effort")
         elif kind is Kind.LOWER_BOUND:
             remarks.append("a lower bound: the heating pass that would show the bias has not ended")
         return remarks + trace.remarks()
+
+    def _passes(self, trace: ChainTrace) -> list[str]:
+        """Return what either pass says, in words."""
+        silent = "lost every chain at the wall" if trace.ended else "has not ended"
+        return [
+            f"{name} says {value:.2f}" if math.isfinite(value) else f"{name} {silent}"
+            for name, value in zip(("cooling", "heating"), map(float, self.hysteresis), strict=True)
+        ]
 
     def _island_remarks(self, kind: Kind, trace: IslandTrace) -> list[str]:
         remarks = []
@@ -271,10 +277,11 @@ class VolumeEstimate(eqx.Module):
         else:
             head = f"log mass = {log_mass:.2f} ± {float(self.std_error):.2g} nats, in [{lower:.2f}, {upper:.2f}]"
         if isinstance(self.trace, ChainTrace):
+            overlap = self.trace.least_overlap
             evidence = (
-                f"  {self.trace.num_chains} chains x {int(self.trace.gradients)} gradients: cooling "
-                f"{float(self.hysteresis[0]):.2f}, heating {float(self.hysteresis[1]):.2f}{_max_r_hat(self.trace)}, "
-                f"min overlap {self.trace.least_overlap:.2f}"
+                f"  {self.trace.num_chains} chains x {int(self.trace.gradients)} gradients: "
+                f"{', '.join(self._passes(self.trace))}{_max_r_hat(self.trace)}"
+                + (f", min overlap {overlap:.2f}" if math.isfinite(overlap) else "")
             )
         elif isinstance(self.trace, IslandTrace):
             evidence = (

@@ -75,16 +75,16 @@ def summarise(
             kind=Kind.LOWER_BOUND, hysteresis=(cooling, np.nan),
         )  # fmt: skip
     whole = tally.sums(plan.cutoffs, plan.cutoff, chains=everyone, passes=passes)
-    if not np.isfinite(whole.log_mass):
-        return _estimate(
-            tally, plan, base, trace, weights=weights, log_mass=lower, std_error=np.inf, lower=lower,
-            kind=Kind.LOWER_BOUND, hysteresis=(np.nan, np.nan),
-        )  # fmt: skip
-    groups = min(_GROUPS, tally.chains)
-    label = everyone % groups
     cooling, heating = (
         tally.log_mass(plan.cutoff, chains=everyone, passes=(which,), near=whole) for which in (COOLING, HEATING)
     )
+    if not np.isfinite(whole.log_mass):
+        return _estimate(
+            tally, plan, base, trace, weights=weights, log_mass=lower, std_error=np.inf, lower=lower,
+            kind=Kind.LOWER_BOUND, hysteresis=(cooling, heating),
+        )  # fmt: skip
+    groups = min(_GROUPS, tally.chains)
+    label = everyone % groups
     without, differences = [], []
     for group in range(groups):
         kept = everyone[label != group]
