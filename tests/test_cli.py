@@ -1,4 +1,5 @@
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,21 @@ def test_ctrl_c_between_rows_keeps_the_finished_ones(config, fake_rays, capsys):
     assert main(["run", config]) == 130
     assert "partial" in capsys.readouterr().out
     assert len(read_run(only_run("runs")).rows) == 1
+
+
+def test_a_job_that_is_ended_keeps_what_was_done(config, fake_rays, monkeypatch, capsys):
+    fake_rays(100)
+    finished, before = experiment.run_experiment, signal.getsignal(signal.SIGTERM)
+
+    def ended(*arguments):
+        yield from finished(*arguments)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(experiment, "run_experiment", ended)
+    assert main(["run", config]) == 130
+    assert "partial" in capsys.readouterr().out
+    assert len(read_run(only_run("runs")).rows) == 1
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_ctrl_c_before_the_first_ray_leaves_nothing(config, fake_rays, capsys):

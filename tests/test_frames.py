@@ -115,6 +115,15 @@ def test_the_dtype_of_the_anchor_is_kept():
     assert {leaf.dtype for leaf in jax.tree.leaves((frame.scale, frame.pull))} == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.parametrize(("sigma", "mean"), [(0.1, None), (0.0362, None), (0.3, 0.1)])
+def test_the_whole_prior_has_mass_one_in_many_dimensions(sigma, mean):
+    """Mutation: σ or the pull exact in the density and rounded in the frame, 0.01 to 0.05 nats in these cases."""
+    params = jnp.full(1_000_000, 0.05)
+    frame = frame_of(Gaussian(sigma, None if mean is None else jnp.full(1_000_000, mean)), params)
+    with jax.enable_x64(True):
+        assert abs(float(frame.log_reference(jnp.float64(1.0)) + frame.offset)) < 1e-6
+
+
 @pytest.mark.parametrize("precision", [1.0, 2e4])
 @pytest.mark.parametrize("name", ["per parameter", "around a tree", "box per leaf", "box with the anchor in a corner"])
 def test_the_reference_integrates_to_its_normaliser(name, precision):

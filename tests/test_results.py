@@ -232,6 +232,19 @@ def test_a_bound_says_whether_the_run_has_ended(settled, make_trace):
     assert "overlap nan" not in stopped(0.5).summary() and "cooling has not ended" in stopped(0.5).summary()
 
 
+def test_an_unmixed_run_gives_its_bound_and_calls_the_joint_estimate_by_its_name(settled, make_trace):
+    kind, passes = np.asarray(Kind.NOT_MIXED, np.int32), np.array([-9.0, 3.0])
+    values = {"log_mass": np.asarray(1.5), "lower": np.asarray(-10.0), "upper": np.asarray(0.0)}
+    values["prior_term"] = np.asarray(-2.0)
+    mixed = dataclasses.replace(settled, trace=make_trace(), kind=kind, hysteresis=passes, **values)
+    first, terms = mixed.summary().splitlines()[:2]
+    assert first.startswith("log mass ≥ -10.00 nats") and "not to be quoted, 1.50" in first
+    assert terms.strip() == "prior term -2.00, volume term ≥ -8.00, at most 14.4 bits"
+    assert "above what a probability can be" in mixed.status
+    below = dataclasses.replace(mixed, log_mass=np.asarray(-1.0))
+    assert "above what" not in below.status
+
+
 def test_terms_are_left_out_where_there_is_no_anchor(settled):
     nan = np.asarray(np.nan)
     whole = dataclasses.replace(settled, log_mass=np.asarray(0.0), prior_term=nan, volume_term=nan)

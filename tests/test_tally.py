@@ -179,7 +179,17 @@ def test_the_bound_weights_of_chains_on_their_way(make_tally):
     tally.add_kappa(COOLING, [0, 1], record([0, 1], KAPPA_STEPS, np.zeros((2, CHAINS)), 0.3))
     costs, wobble = np.linspace(0.0, 0.4, CHAINS), 2 * 0.3 * np.linspace(-1, 1, CHAINS)
     expected = REFERENCE - np.sum(KAPPA_STEPS[:2]) - wobble + 20.0 * costs
-    np.testing.assert_allclose(tally.bound_weights(costs, 20.0), expected, rtol=1e-12)
+    np.testing.assert_allclose(tally.bound_weights(costs), expected, rtol=1e-12)
+
+
+def test_on_the_way_to_the_natural_temperature_the_final_factor_is_that_of_where_the_chains_stand(make_tally):
+    """Mutation: the κ ladder's β, under which such weights are those of more than the mass."""
+    tally = make_tally()
+    enter_kappa(tally, COOLING)
+    enter_temperature(tally, COOLING, [2, 3], 1, weighs=True)
+    costs = np.linspace(0.0, 0.4, CHAINS)
+    expected = REFERENCE - np.sum(KAPPA_STEPS) - np.sum(BETA_STEPS[2:]) + BETAS[4] * costs
+    np.testing.assert_allclose(tally.bound_weights(costs), expected, rtol=1e-12)
 
 
 def test_the_bound_weights_of_finished_chains_average_the_final_factor(make_tally):
@@ -190,7 +200,7 @@ def test_the_bound_weights_of_finished_chains_average_the_final_factor(make_tall
     enter_temperature(tally, COOLING, [4, 3, 2, 1, 0], 2)
     start = REFERENCE - np.sum(KAPPA_STEPS) - np.sum(BETA_STEPS[2:])
     expected = start + np.log(np.mean(np.exp(5.0 * costs[2:]), axis=0))
-    np.testing.assert_allclose(tally.bound_weights(np.full(CHAINS, np.nan), np.nan), expected, rtol=1e-12)
+    np.testing.assert_allclose(tally.bound_weights(np.full(CHAINS, np.nan)), expected, rtol=1e-12)
 
 
 def test_a_miss_takes_the_weight_of_its_chain_for_good(make_tally):
@@ -198,7 +208,7 @@ def test_a_miss_takes_the_weight_of_its_chain_for_good(make_tally):
     seen = record([0, 1, 2], KAPPA_STEPS, np.zeros((3, CHAINS)))
     seen.work_down[1, 5] = np.inf
     tally.add_kappa(COOLING, [0, 1, 2], seen)
-    weights = tally.bound_weights(np.zeros(CHAINS), 20.0)
+    weights = tally.bound_weights(np.zeros(CHAINS))
     assert weights[5] == -np.inf and np.all(np.isfinite(np.delete(weights, 5)))
 
 
@@ -254,7 +264,7 @@ def test_where_every_chain_is_lost_the_bound_is_that_of_the_tether_they_came_by(
     seen = record(rungs, KAPPA_STEPS, np.full((LEVELS, CHAINS), 0.1))
     seen.work_down[2] = np.inf
     tally.add_kappa(COOLING, rungs, seen)
-    lost = tally.bound_weights(np.full(CHAINS, 0.1), 20.0)
+    lost = tally.bound_weights(np.full(CHAINS, 0.1))
     assert np.all(np.isneginf(lost))
     # Of two rungs on the way, by β C = 2 nats each, with a share of 5 %.
     ways = REFERENCE + 2.0 - np.array([KAPPA_STEPS[0], KAPPA_STEPS[0] + KAPPA_STEPS[1]])
@@ -269,5 +279,5 @@ def test_a_chain_drawn_outside_says_nothing_on_its_way(make_tally):
     seen = record(rungs, KAPPA_STEPS, np.full((LEVELS, CHAINS), 0.1))
     seen.permitted[:, 0], seen.cost[:, 0], seen.work_down[:, 0] = False, np.inf, np.inf
     tally.add_kappa(COOLING, rungs, seen)
-    hedged = tally.hedged(tally.bound_weights(np.full(CHAINS, 0.1), 20.0))
+    hedged = tally.hedged(tally.bound_weights(np.full(CHAINS, 0.1)))
     assert np.isneginf(hedged[0]) and np.all(np.isfinite(hedged[1:]))

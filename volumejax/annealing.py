@@ -58,7 +58,8 @@ class Record(NamedTuple):
     """Steps outside for each move, and likewise of the next."""
     non_finite: np.ndarray
     permitted: np.ndarray
-    """Whether the chain stands inside the region; one that was drawn outside never does."""
+    """Whether the chain stands inside the region; one that was drawn outside may come in, but
+    never has a weight."""
 
 
 @eqx.filter_jit

@@ -153,7 +153,7 @@ class ChainTrace(eqx.Module):
     mean over chains, of the worse pass."""
     work_std: Float[Numbers, "gaps"]
     log_weights: Float[Numbers, "chains"]
-    """Annealing weights of the cooling chains, whose mean is the mass in expectation."""
+    """Annealing weights of the cooling chains, each at most the mass in expectation."""
     betas: Float[Numbers, "temperatures"]
     energies: Float[Numbers, "temperatures"]
     """λ̂(β) at each temperature."""

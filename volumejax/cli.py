@@ -3,9 +3,11 @@
 import argparse
 import contextlib
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -25,15 +27,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None takes those of the process.
 
     Returns:
-        0, or 1 if a check failed, 2 after a mistake (one line on stderr), 130 after Ctrl-C.
+        0, or 1 if a check failed, 2 after a mistake (one line on stderr), 130 after Ctrl-C or SIGTERM.
     """
-    code = _main(argv)
+    with _ending_is_an_interrupt():
+        code = _main(argv)
     if code == INTERRUPTED and argv is None:
         # Ctrl-C may have struck inside a compilation, and then JAX crashes while the interpreter shuts down.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+@contextlib.contextmanager
+def _ending_is_an_interrupt() -> Iterator[None]:
+    """Take SIGTERM, by which batch systems end a job, for Ctrl-C: what was done is kept."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _main(argv: Sequence[str] | None) -> int:

@@ -211,7 +211,8 @@ class VolumeEstimate(eqx.Module):
         remarks = []
         if kind is Kind.NOT_MIXED:
             says = " and ".join(self._passes(trace))
-            remarks.append(f"not mixed: {says}{_max_r_hat(trace)}; only `lower` may be quoted; raise effort")
+            above = ", together above what a probability can be" if self.log_mass > self.upper else ""
+            remarks.append(f"not mixed: {says}{_max_r_hat(trace)}{above}; only `lower` may be quoted; raise effort")
         elif kind is Kind.LOWER_BOUND and trace.ended:
             remarks.append("a lower bound: on some rung every chain was lost at the wall; raise effort")
         elif kind is Kind.LOWER_BOUND:
@@ -272,8 +273,10 @@ class VolumeEstimate(eqx.Module):
     def summary(self) -> str:
         """Return the estimate as a few lines of text; concrete estimates only."""
         log_mass, lower, upper = float(self.log_mass), float(self.lower), float(self.upper)
-        if Kind(int(self.kind)) in (Kind.LOWER_BOUND, Kind.NOT_MIXED):
-            head = f"log mass ≥ {lower:.2f} nats (95 %), log mean weight {log_mass:.2f}"
+        if self._is_bound:
+            joint = isinstance(self.trace, ChainTrace) and Kind(int(self.kind)) is Kind.NOT_MIXED
+            other = "both passes together, not to be quoted," if joint else "log mean weight"
+            head = f"log mass ≥ {lower:.2f} nats (95 %), {other} {log_mass:.2f}"
         else:
             head = f"log mass = {log_mass:.2f} ± {float(self.std_error):.2g} nats, in [{lower:.2f}, {upper:.2f}]"
         if isinstance(self.trace, ChainTrace):
@@ -309,10 +312,18 @@ class VolumeEstimate(eqx.Module):
 
     def _terms(self) -> str:
         """Return the two terms, where there is an anchor, and the complexity in bits."""
-        bits = f"{float(self.bits) + 0.0:.1f} bits" if np.isfinite(self.bits) else "no finite number of bits"
+        mass = float(self.lower if self._is_bound else self.log_mass)
+        least, most = ("≥ ", "at most ") if self._is_bound else ("", "")
+        bits = f"{most}{0.0 - mass / math.log(2.0):.1f} bits" if math.isfinite(mass) else "no finite number of bits"
         if np.isnan(self.prior_term):
             return bits
-        return f"prior term {float(self.prior_term):.2f}, volume term {float(self.volume_term):.2f}, {bits}"
+        prior_term = float(self.prior_term)
+        return f"prior term {prior_term:.2f}, volume term {least}{mass - prior_term:.2f}, {bits}"
+
+    @property
+    def _is_bound(self) -> bool:
+        """Whether only `lower` may be quoted."""
+        return Kind(int(self.kind)) in (Kind.LOWER_BOUND, Kind.NOT_MIXED)
 
     def to_datatree(self) -> Any:
         """Return the estimate as an `xarray.DataTree`: scalars at the root, arrays under `/trace` and `/curve`.

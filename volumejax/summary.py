@@ -48,9 +48,9 @@ def summarise(
     which covers all autocorrelation, and of the chains' scatter on many stretches of the ladder, which few chains tell
     too.
     """
-    weights = tally.bound_weights(np.asarray(costs), float(tally.kappa.beta[-1])) if _cooled_once(tally) else None
+    weights = tally.bound_weights(np.asarray(costs)) if _cooled_once(tally) else None
     finished = bool(tally.final_costs)
-    trace = _trace(tally, plan, None, gradients, progress)
+    trace = _trace(tally, plan, None, weights, gradients, progress)
     base = {
         "upper": 0.0 if plan.proper else np.inf,
         "prior_term": plan.prior_term,
@@ -111,7 +111,7 @@ def summarise(
     )
     curve_errors = _jackknife(np.stack([sums.curve for sums in without]))
     energy_errors = _jackknife(np.stack([sums.energies for sums in without]))
-    trace = _trace(tally, plan, (whole, energy_errors), gradients, progress)
+    trace = _trace(tally, plan, (whole, energy_errors), weights, gradients, progress)
     return _estimate(
         tally,
         plan,
@@ -126,7 +126,7 @@ def summarise(
         curve=Curve(plan.cutoffs, whole.curve, np.hypot(curve_errors, systematic)),
         coefficient=LearningCoefficient(
             np.asarray(whole.energies[tally.joint]),
-            np.asarray(energy_errors[tally.joint]),
+            np.asarray(energy_errors[tally.joint] if mixed else np.inf),
             np.asarray(tally.temperature.beta[tally.joint]),
         ),
     )
@@ -164,7 +164,9 @@ def _estimate(
     )
 
 
-def _trace(tally: Tally, plan: Plan, sums: tuple | None, gradients: int, progress: float) -> ChainTrace:
+def _trace(
+    tally: Tally, plan: Plan, sums: tuple | None, weights: Vector | None, gradients: int, progress: float
+) -> ChainTrace:
     seen = tally.kappa_seen
     levels, temperatures = len(tally.kappa.precision), len(tally.temperature.beta)
     count = np.sum(~np.isnan(seen["cost"]), axis=2)
@@ -200,7 +202,7 @@ def _trace(tally: Tally, plan: Plan, sums: tuple | None, gradients: int, progres
         separation=np.asarray(tally.separation()),
         standstill=np.asarray(tally.standstill()),
         work_std=work_std,
-        log_weights=tally.log_weights,
+        log_weights=np.full(tally.chains, -np.inf) if weights is None else weights,
         betas=tally.temperature.beta,
         energies=energies,
         energy_errors=errors,

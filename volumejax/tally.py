@@ -92,6 +92,8 @@ class Tally:
         self._tables: dict[tuple[int, ...], list[Vector]] = {}
         self.log_weights = np.full(chains, log_reference)
         """Annealing weights of the cooling chains so far, without the final factor."""
+        self._weighed_at = float(kappa.beta[-1])
+        """β of the ensemble whose integrals they give."""
         self.final_costs: list[Vector] = []
         self.on_the_way = np.full(chains, -np.inf)
         """log of the sum over the κ rungs so far of each chain's weight for the mass under that rung's tether."""
@@ -119,16 +121,19 @@ class Tally:
             self._tables = {}
             if weighs and rung < len(self.temperature.beta) - 1:
                 self.log_weights = self.log_weights - record.work_down[row]
+                self._weighed_at = float(self.temperature.beta[rung + 1])
             elif weighs:
                 self.final_costs.append(record.cost[row])
 
-    def bound_weights(self, cutoff_costs: Vector, beta: float) -> Vector:
-        """Return log weights whose mean is below the mass: of finished chains, or of where the chains stand now."""
+    def bound_weights(self, costs: Vector) -> Vector:
+        """Return log weights, each at most the mass in expectation: of finished chains, or of those now at `costs`."""
         if self.final_costs:
-            natural = self.temperature.beta[-1]
-            energies = natural * np.stack(self.final_costs)
-            return self.log_weights + logsumexp(energies, axis=0) - np.log(len(energies))
-        return self.log_weights + beta * cutoff_costs
+            energies = self.temperature.beta[-1] * np.stack(self.final_costs)
+            factor = logsumexp(energies, axis=0) - np.log(len(energies))
+        else:
+            factor = self._weighed_at * costs
+        # A chain that was drawn outside has no weight, and perhaps no finite cost.
+        return self.log_weights + np.where(np.isneginf(self.log_weights), 0.0, factor)
 
     def hedged(self, log_weights: Vector) -> Vector:
         """Return the weights mixed with those for the masses under the tethers that the chains came by.

@@ -55,12 +55,12 @@ _FORWARDS = 3
 _LAST_VISITS = 24
 """Visits of each chain to the last rung, whose costs average the final factor."""
 _FIRST_VISITS = 4
-"""Visits of the heating chains beyond the end of the ladder, and then at its end, before they count."""
+"""Visits of the heating chains beyond the end of the ladder, at its end and at the natural β, before they count."""
 _SECONDS = 2.0
 """Aimed at between two yields."""
 _OVERSHOOT = 0.9
 """Precision, relative to the prior's, to which the heating chains are let go before they start."""
-_PILOT_KEY, _START, _COOL, _RELEASE, _CURVE, _OVER, _SETTLE, _HEAT = range(8)
+_PILOT_KEY, _START, _COOL, _RELEASE, _CURVE, _OVER, _SETTLE, _HEAT, _WARM = range(9)
 
 
 def tether_volume(
@@ -91,8 +91,9 @@ def tether_volume(
         prior: `Gaussian`, `UniformBox`, `UniformBall` or `Lebesgue`.
         cutoff: ε in nats, positive.
         region: `Connected()` or `Star()`.
-        effort: scales the number of gradients, fixed beforehand: 1 means 120,000 per chain, four times as many for
-            small problems. The error falls like its root, the bias of slow modes like its inverse.
+        effort: scales the number of gradients, fixed beforehand: 1 means about 120,000 per chain, for fewer than 4,810
+            parameters 4,810/D times as many but at most four times, and never fewer than the ladder needs to hold
+            together. The error falls like its root, the bias of slow modes like its inverse.
         num_chains: chains of each pass, at least 2; None chooses between 2 and 64 by D. At a given cost a few long
             chains lag behind less than many short ones.
         beta_factor: multiplies the automatic inverse temperature; the answer does not depend on it, but well below 1
@@ -326,6 +327,8 @@ class _Run:
         over = eqx.tree_at(lambda r: r.precision, over, over.precision * np.array([_OVERSHOOT, 1.0]))
         heat = [
             _Leg("heating", pad(over), [0] * _FIRST_VISITS + [1] * (_FIRST_VISITS + 1), _OVER, lambda *_: None),
+            # They come from a colder β, as the cooling pass does: its lag must not be theirs too.
+            _Leg("heating", temperature_table, [last] * (_FIRST_VISITS + 1), _WARM, lambda *_: None),
             _Leg(
                 "heating",
                 temperature_table,
