@@ -245,6 +245,13 @@ def test_an_unmixed_run_gives_its_bound_and_calls_the_joint_estimate_by_its_name
     assert "above what" not in below.status
 
 
+def test_a_printed_estimate_is_its_summary_unless_it_is_traced(settled):
+    assert str(settled) == settled.summary()
+    seen = []
+    jax.jit(lambda x: seen.append(str(dataclasses.replace(settled, log_mass=x))))(1.0)
+    assert seen[0].startswith("VolumeEstimate(")
+
+
 def test_terms_are_left_out_where_there_is_no_anchor(settled):
     nan = np.asarray(np.nan)
     whole = dataclasses.replace(settled, log_mass=np.asarray(0.0), prior_term=nan, volume_term=nan)

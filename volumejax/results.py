@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from volumejax.chains import ChainTrace, Curve, LearningCoefficient
 from volumejax.islands import IslandTrace
 from volumejax.spectrum import SpectrumTrace
+from volumejax.tree import is_traced
 
 __all__ = ["BoundKind", "Kind", "RayBatch", "Status", "VolumeEstimate", "last_estimate"]
 
@@ -269,6 +270,10 @@ class VolumeEstimate(eqx.Module):
                 "learning_coefficient_error": float(self.learning_coefficient.std_error),
             }
         return flat | {f"rays_{name}": count for name, count in self.counts.items()}
+
+    def __str__(self) -> str:
+        """Return the summary of a concrete estimate."""
+        return repr(self) if is_traced(self) else self.summary()
 
     def summary(self) -> str:
         """Return the estimate as a few lines of text; concrete estimates only."""
