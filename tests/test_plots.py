@@ -93,6 +93,13 @@ def test_what_rays_miss_is_drawn_from_the_best_of_them(make_row, make_run, make_
     assert not any("miss" in text for text in words(nothing))
 
 
+def test_no_pass_is_drawn_above_what_a_probability_can_be(make_run, make_tether):
+    """Mutation: the spread to the heating pass's own value."""
+    stuck = make_tether("stuck", kind="not_mixed", hysteresis_cooling=-900.0, hysteresis_heating=250.0, upper=0.0)
+    (axis,) = plots.figures(make_run(stuck))["summary"].axes
+    assert [-900.0, 0.0] in [list(line.get_xdata()) for line in axis.lines]
+
+
 def test_a_run_of_chains_alone_has_no_figures_of_rays(make_run, make_tether):
     assert list(plots.figures(make_run(make_tether("t")))) == ["summary"]
 

@@ -53,9 +53,15 @@ def figures(run: Run) -> dict[str, Figure]:
 
 
 def _curve(rows: list[Row]) -> Figure:
-    """Log mass over the cutoff; below it λ̂ and heat capacity at the cutoff that their temperature stands for."""
-    figure, (upper, lower) = _panels(heights=(2.1, 1.7), top=0.22 + 0.17 * len(rows), gap=0.1)
-    lower.sharex(upper)
+    """Log mass over the cutoff; below it λ̂ and heat capacity at the cutoff that their temperature stands for.
+
+    The lower panel is left out where no row has mixed.
+    """
+    heights = (2.1, 1.7) if any(map(is_mixed, rows)) else (2.1,)
+    figure, panels = _panels(heights=heights, top=0.22 + 0.17 * len(rows), gap=0.1)
+    upper, lower = panels[0], panels[-1]
+    if lower is not upper:
+        lower.sharex(upper)
     looks = [_look(row, i) for i, row in enumerate(rows)]
     for row, look in zip(rows, looks, strict=True):
         arrays = {name: np.asarray(values, np.float64) for name, values in row.chains.items()}
@@ -91,11 +97,12 @@ def _curve(rows: list[Row]) -> Figure:
         good = _thinned(inside & np.isfinite(heat))
         lower.plot(reached[good], heat[good], look.mark, color=INK, mfc=PAPER, ms=4.0, mew=0.9, lw=0, zorder=3)
     upper.set_xscale("log")
-    upper.tick_params(axis="x", which="both", labelbottom=False, length=0)
     upper.set_ylabel("log mass (nats)")
-    lower.set_ylabel("slope")
+    if lower is not upper:
+        upper.tick_params(axis="x", which="both", labelbottom=False, length=0)
+        lower.set_ylabel("slope")
     lower.set_xlabel("cutoff (nats)")
-    _number(upper, lower)
+    _number(*panels)
     lower.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 3.0)))
     lower.xaxis.set_minor_locator(NullLocator())
     lower.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}"))
@@ -111,7 +118,7 @@ def _curve(rows: list[Row]) -> Figure:
         Line2D([], [], color=MUTED, marker="o", ms=4, lw=1.6, label="learning coefficient"),
         Line2D([], [], marker="o", label="heat capacity", **hollow),
     ]
-    if any(map(is_mixed, rows)):
+    if lower is not upper:
         lower.legend(handles=inset, frameon=False, fontsize=8.5, labelcolor=MUTED, loc="best", handletextpad=0.5)
     return figure
 

@@ -141,7 +141,8 @@ def _spread(row: Row) -> tuple[float, float]:
     value = row.estimate
     if row.from_chains:
         first, second = (float(value.get(f"hysteresis_{name}", math.nan)) for name in ("cooling", "heating"))
-        return min(first, second), max(first, second)
+        # A heating pass that has not mixed may end above what a probability can be.
+        return min(first, second), min(max(first, second), float(value["upper"]))
     mean, sd = float(value["mean_log_weight"]), float(value["std_log_weight"])
     return mean - sd, mean + sd
 
