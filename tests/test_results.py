@@ -241,6 +241,8 @@ def test_an_unmixed_run_gives_its_bound_and_calls_the_joint_estimate_by_its_name
     assert first.startswith("log mass ≥ -10.00 nats") and "not to be quoted, 1.50" in first
     assert terms.strip() == "prior term -2.00, volume term ≥ -8.00, at most 14.4 bits"
     assert "above what a probability can be" in mixed.status
+    held = dataclasses.replace(mixed, trace=make_trace(standstill=np.array(0.1)))
+    assert "stood still" in held.status and held.status.count("raise effort") == 1
     below = dataclasses.replace(mixed, log_mass=np.asarray(-1.0))
     assert "above what" not in below.status
 

@@ -69,9 +69,9 @@ CAPTIONS = {
     ),
     "curve": (
         "Above, log mass at each smaller cutoff as well, with a 95 % band, from the same chains; a thin line is of "
-        "chains that have not mixed, of which only the table's bound may be quoted. Below, what that "
-        "curve gains per factor e in the cutoff, averaged (learning coefficient, with a 95 % band) and from the spread "
-        "of the cost (heat capacity): they agree where mass is a pure power of the cutoff."
+        "chains that have not mixed, of which only the table's bound may be quoted. Below, where chains have mixed, "
+        "what that curve gains per factor e in the cutoff, averaged (learning coefficient, with a 95 % band) and from "
+        "the spread of the cost (heat capacity): they agree where mass is a pure power of the cutoff."
     ),
     "ladder": (
         "Above, the mean squared distance from the trained network in units of what the tether alone would allow, as "

@@ -18,6 +18,9 @@ from volumejax.tree import is_traced
 
 __all__ = ["BoundKind", "Kind", "RayBatch", "Status", "VolumeEstimate", "last_estimate"]
 
+_RAISE = "; raise effort"
+"""What helps chains that have not mixed."""
+
 
 class Status(enum.IntEnum):
     """How the boundary search ended on one ray."""
@@ -213,12 +216,14 @@ class VolumeEstimate(eqx.Module):
         if kind is Kind.NOT_MIXED:
             says = " and ".join(self._passes(trace))
             above = ", together above what a probability can be" if self.log_mass > self.upper else ""
-            remarks.append(f"not mixed: {says}{_max_r_hat(trace)}{above}; only `lower` may be quoted; raise effort")
+            remarks.append(f"not mixed: {says}{_max_r_hat(trace)}{above}; only `lower` may be quoted{_RAISE}")
         elif kind is Kind.LOWER_BOUND and trace.ended:
-            remarks.append("a lower bound: on some rung every chain was lost at the wall; raise effort")
+            remarks.append(f"a lower bound: on some rung every chain was lost at the wall{_RAISE}")
         elif kind is Kind.LOWER_BOUND:
             remarks.append("a lower bound: the heating pass that would show the bias has not ended")
-        return remarks + trace.remarks()
+        # One remedy is said once.
+        said = any(remark.endswith(_RAISE) for remark in remarks)
+        return remarks + [remark.removesuffix(_RAISE) if said else remark for remark in trace.remarks()]
 
     def _passes(self, trace: ChainTrace) -> list[str]:
         """Return what either pass says, in words."""
