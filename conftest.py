@@ -1,5 +1,6 @@
 """Test-wide settings: run-time checks of shapes, no implicit rank promotion, hypothesis without deadlines."""
 
+import gc
 import importlib.util
 import mmap
 import os
@@ -34,3 +35,7 @@ jaxtyping.install_import_hook("volumejax", "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("volumejax", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("volumejax")
+
+# What has been imported stays: cycles are looked for among the rest, and less often.
+gc.freeze()
+gc.set_threshold(100_000, 20, 20)

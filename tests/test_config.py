@@ -210,10 +210,10 @@ def test_either_proposals_or_tethers():
 def test_quick_shortens_chains_and_nothing_else():
     config = parse_config(GOOD.replace("effort: 0.5", "effort: 0.5, num_chains: 8, label: a"))
     (short,) = quick(config).tethers
-    assert 0 < short.effort <= 0.01
-    assert short.model_copy(update={"effort": 0.5}) == config.tethers[0]
+    assert 0 < short.effort <= 0.01 and short.num_chains == 2
+    assert short.model_copy(update={"effort": 0.5, "num_chains": 8}) == config.tethers[0]
     (shorter,) = quick(parse_config(GOOD.replace("effort: 0.5", "effort: 0.001"))).tethers
-    assert shorter.effort == 0.001
+    assert shorter.effort == 0.001 and shorter.num_chains is None
 
 
 def test_quick_only_takes_rays_away():

@@ -83,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("config", metavar="CONFIG.yaml", help="the experiment, e.g. configs/digits_mlp.yaml")
     run.add_argument("--output", metavar="DIR", help="directory for run directories (default: from the file)")
     run.add_argument(
-        "--quick", action="store_true", help="few rays and short chains, to see whether everything works; some minutes"
+        "--quick",
+        action="store_true",
+        help="few rays and few, short chains, to see whether everything works; some minutes",
     )
     run.set_defaults(command=_run)
 
@@ -253,7 +255,7 @@ def _show(run: "Run", path: Path) -> None:
     if not run.complete:
         out.print("partial: the run was interrupted; this is what had been measured by then.")
     if run.quick:
-        out.print("quick run: few rays and short chains; a full run says more.")
+        out.print("quick run: few rays and few, short chains; a full run says more.")
     for note in table.notes(run):
         out.print(note)
     out.print(f"report: {path}", soft_wrap=True)

@@ -40,6 +40,8 @@ __all__ = [
 ]
 
 QUICK_RAYS, QUICK_EFFORT, QUICK_CHAINS, QUICK_DRAWS, QUICK_PARTICLES = 48, 0.01, 8, 64, 16
+QUICK_TETHERS = 2
+"""Chains of a tether's pass: below some effort only fewer of them make a run shorter."""
 
 
 def _number_or_word(value: Any) -> str:
@@ -442,14 +444,22 @@ def dump_config(config: AnyConfig) -> str:
 
 
 def quick(config: AnyConfig) -> AnyConfig:
-    """The same experiment with few rays per proposal and short chains, for continuous integration."""
+    """The same experiment with few rays per proposal and few, short chains, for continuous integration."""
     if isinstance(config, LearningConfig):
         few = {
             "num_chains": min(config.num_chains, QUICK_CHAINS),
             "num_draws": min(config.num_draws, QUICK_DRAWS),
         }
         return config.model_copy(update=few)
-    tethers = tuple(entry.model_copy(update={"effort": min(entry.effort, QUICK_EFFORT)}) for entry in config.tethers)
+    tethers = tuple(
+        entry.model_copy(
+            update={
+                "effort": min(entry.effort, QUICK_EFFORT),
+                "num_chains": None if entry.num_chains is None else min(entry.num_chains, QUICK_TETHERS),
+            }
+        )
+        for entry in config.tethers
+    )
     few = {"effort": QUICK_EFFORT, "num_particles": QUICK_PARTICLES, "num_islands": QUICK_PARTICLES // 4}
     particles = tuple(entry.model_copy(update=few) for entry in config.particles)
     return config.model_copy(
