@@ -40,8 +40,6 @@ __all__ = [
 ]
 
 QUICK_RAYS, QUICK_EFFORT, QUICK_CHAINS, QUICK_DRAWS, QUICK_PARTICLES = 48, 0.01, 8, 64, 16
-QUICK_TETHERS = 2
-"""Chains of a tether's pass: below some effort only fewer of them make a run shorter."""
 
 
 def _number_or_word(value: Any) -> str:
@@ -451,13 +449,9 @@ def quick(config: AnyConfig) -> AnyConfig:
             "num_draws": min(config.num_draws, QUICK_DRAWS),
         }
         return config.model_copy(update=few)
+    # Below some effort only fewer chains make a tether's row shorter.
     tethers = tuple(
-        entry.model_copy(
-            update={
-                "effort": min(entry.effort, QUICK_EFFORT),
-                "num_chains": None if entry.num_chains is None else min(entry.num_chains, QUICK_TETHERS),
-            }
-        )
+        entry.model_copy(update={"effort": min(entry.effort, QUICK_EFFORT), "num_chains": entry.num_chains and 2})
         for entry in config.tethers
     )
     few = {"effort": QUICK_EFFORT, "num_particles": QUICK_PARTICLES, "num_islands": QUICK_PARTICLES // 4}
