@@ -58,8 +58,7 @@ class Record(NamedTuple):
     """Steps outside for each move, and likewise of the next."""
     non_finite: np.ndarray
     permitted: np.ndarray
-    """Whether the chain stands inside the region; one that was drawn outside may come in, but
-    never has a weight."""
+    """Whether the chain stands inside the region; one that was drawn outside may come in, but has no weight."""
 
 
 @eqx.filter_jit

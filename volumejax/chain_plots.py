@@ -57,10 +57,11 @@ def _curve(rows: list[Row]) -> Figure:
 
     The lower panel is left out where no row has mixed.
     """
-    heights = (2.1, 1.7) if any(map(is_mixed, rows)) else (2.1,)
+    mixed = any(map(is_mixed, rows))
+    heights = (2.1, 1.7) if mixed else (2.1,)
     figure, panels = _panels(heights=heights, top=0.22 + 0.17 * len(rows), gap=0.1)
     upper, lower = panels[0], panels[-1]
-    if lower is not upper:
+    if mixed:
         lower.sharex(upper)
     looks = [_look(row, i) for i, row in enumerate(rows)]
     for row, look in zip(rows, looks, strict=True):
@@ -98,7 +99,7 @@ def _curve(rows: list[Row]) -> Figure:
         lower.plot(reached[good], heat[good], look.mark, color=INK, mfc=PAPER, ms=4.0, mew=0.9, lw=0, zorder=3)
     upper.set_xscale("log")
     upper.set_ylabel("log mass (nats)")
-    if lower is not upper:
+    if mixed:
         upper.tick_params(axis="x", which="both", labelbottom=False, length=0)
         lower.set_ylabel("slope")
     lower.set_xlabel("cutoff (nats)")
@@ -118,7 +119,7 @@ def _curve(rows: list[Row]) -> Figure:
         Line2D([], [], color=MUTED, marker="o", ms=4, lw=1.6, label="learning coefficient"),
         Line2D([], [], marker="o", label="heat capacity", **hollow),
     ]
-    if lower is not upper:
+    if mixed:
         lower.legend(handles=inset, frameon=False, fontsize=8.5, labelcolor=MUTED, loc="best", handletextpad=0.5)
     return figure
 

@@ -48,8 +48,9 @@ def summarise(
     which covers all autocorrelation, and of the chains' scatter on many stretches of the ladder, which few chains tell
     too.
     """
-    weights = tally.bound_weights(np.asarray(costs)) if _cooled_once(tally) else None
-    finished = bool(tally.final_costs)
+    nothing = np.full(tally.chains, -np.inf)
+    weights = tally.bound_weights(np.asarray(costs)) if _cooled_once(tally) else nothing
+    lower = float(certified_lower(tally.hedged(weights)))
     trace = _trace(tally, plan, None, weights, gradients, progress)
     base = {
         "upper": 0.0 if plan.proper else np.inf,
@@ -57,14 +58,11 @@ def summarise(
         "pareto_k": np.nan,
         "noise": noise,
     }
-    if weights is None or not finished:
-        x = np.full(tally.chains, -np.inf) if weights is None else weights
-        lower = float(certified_lower(tally.hedged(x)))
+    if not tally.final_costs:
         return _estimate(
-            tally, plan, base, trace, weights=x, log_mass=lower, std_error=np.inf, lower=lower,
+            tally, plan, base, trace, weights=weights, log_mass=lower, std_error=np.inf, lower=lower,
             kind=Kind.LOWER_BOUND, hysteresis=(np.nan, np.nan),
         )  # fmt: skip
-    lower = float(certified_lower(tally.hedged(weights)))
     everyone = np.arange(tally.chains)
     heated = final and bool(np.isfinite(tally.kappa_seen["work_up"][HEATING, 1]).any())
     passes = (COOLING, HEATING) if heated else (COOLING,)
@@ -165,7 +163,7 @@ def _estimate(
 
 
 def _trace(
-    tally: Tally, plan: Plan, sums: tuple | None, weights: Vector | None, gradients: int, progress: float
+    tally: Tally, plan: Plan, sums: tuple | None, weights: Vector, gradients: int, progress: float
 ) -> ChainTrace:
     seen = tally.kappa_seen
     levels, temperatures = len(tally.kappa.precision), len(tally.temperature.beta)
@@ -202,7 +200,7 @@ def _trace(
         separation=np.asarray(tally.separation()),
         standstill=np.asarray(tally.standstill()),
         work_std=work_std,
-        log_weights=np.full(tally.chains, -np.inf) if weights is None else weights,
+        log_weights=weights,
         betas=tally.temperature.beta,
         energies=energies,
         energy_errors=errors,

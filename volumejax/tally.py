@@ -171,7 +171,7 @@ class Tally:
             beta_differences=joined.beta_differences,
         )
 
-    def _join(self, chains: NDArray, passes: tuple[int, ...], near: Sums | None) -> "_Joined":
+    def _join(self, chains: NDArray, passes: tuple[int, ...], near: Sums | None) -> _Joined:
         """Join neighbouring rungs of both ladders by the works of the given chains and passes."""
         down = self.kappa_seen["work_down"][np.ix_(np.array(passes), np.arange(len(self.kappa.precision)), chains)]
         # The reference is drawn once, for both passes.
@@ -211,7 +211,7 @@ class Tally:
             self._tables[passes] = list(tables.values())
         return self._tables[passes]
 
-    def _energies(self, joined: "_Joined") -> tuple[Vector, Vector]:
+    def _energies(self, joined: _Joined) -> tuple[Vector, Vector]:
         """Return λ̂ and the heat capacity at each β, from all samples: the cost of a point is its reach."""
         beta = np.asarray(self.temperature.beta)
         log_density = log_mixture(joined.costs, beta, joined.counts, joined.log_z)
