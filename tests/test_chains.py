@@ -53,26 +53,28 @@ def test_what_was_not_visited_is_nan(make_trace):
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("fields", "words", "remedy"),
     [
-        ({}, None),
-        ({"progress": np.array(0.37)}, "stopped at 37 % of the planned work"),
-        ({"non_finite": np.array(0.004)}, "0.4 % of trajectories met a NaN or infinite cost"),
-        ({"acceptance": np.array([[np.nan, 0.5, 0.03, 0.5]] * 2)}, "acceptance falls to 0.03 on some level"),
-        ({"acceptance": np.array([[np.nan, 0.5, 0.06, 0.5]] * 2)}, None),
-        ({"separation": np.array(7.25)}, "the chains stay in separate parts of the region (R-hat between them 7.2)"),
-        ({"separation": np.array(2.0)}, None),
-        ({"separation": np.array(np.nan)}, None),
-        ({"standstill": np.array(0.24)}, "chains stood still for 24 % of their way"),
-        ({"standstill": np.array(0.04)}, None),
-        ({"betas": np.array([300.0, 85.0, 100.0])}, "β is 0.85 of the one at which the mean cost is the cutoff"),
-        ({"betas": np.array([300.0, 200.0, 100.0])}, None),
+        ({}, None, ""),
+        ({"progress": np.array(0.37)}, "stopped at 37 % of the planned work", ""),
+        ({"non_finite": np.array(0.004)}, "0.4 % of trajectories met a NaN or infinite cost", ""),
+        ({"acceptance": np.array([[np.nan, 0.5, 0.03, 0.5]] * 2)}, "acceptance falls to 0.03 on", "raise effort"),
+        ({"acceptance": np.array([[np.nan, 0.5, 0.06, 0.5]] * 2)}, None, ""),
+        ({"separation": np.array(7.25)}, "in separate parts of the region (R-hat between them 7.2)", ""),
+        ({"separation": np.array(2.0)}, None, ""),
+        ({"overlap": np.array([0.9, 2e-5, 0.6])}, "neighbouring levels hardly overlap (2e-05)", "raise effort"),
+        ({"overlap": np.array([0.9, 2e-3, 0.6])}, None, ""),
+        ({"separation": np.array(np.nan)}, None, ""),
+        ({"standstill": np.array(0.24)}, "chains stood still for 24 % of their way", "raise effort"),
+        ({"standstill": np.array(0.04)}, None, ""),
+        ({"betas": np.array([300.0, 85.0, 100.0])}, "β is 0.85 of the one at which", "raise beta_factor"),
+        ({"betas": np.array([300.0, 200.0, 100.0])}, None, ""),
     ],
 )
-def test_each_remark_appears_where_it_should(make_trace, fields, words):
+def test_each_remark_appears_where_it_should(make_trace, fields, words, remedy):
     remarks = make_trace(**fields).remarks()
     assert len(remarks) == (words is not None)
-    assert words is None or words in remarks[0]
+    assert words is None or (words in remarks[0][0] and remarks[0][1] == remedy)
 
 
 def test_remarks_add_up(make_trace):

@@ -2,8 +2,9 @@
 
 Mutations these catch: rungs in the order of rising precision, a cost felt by the reference, density ∝ V instead of its
 root, gradients counted without the first of each trajectory, a stretch beyond the last rung, masses for variances, the
-joint rung off by one, a memory that is not used, drift taken for scatter, shares of one leaf given to another, chance
-taken for a difference between leaves, a map through the wall, a map behind it where chains press on it.
+joint rung off by one, rungs set apart where moves are many, a memory that is not used, drift taken for scatter, shares
+of one leaf given to another, chance taken for a difference between leaves, a map through the wall, a map behind it
+where chains press on it.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from volumejax.ladder import Survey, best_shares, kappa_ladder, temperature_ladder
+from volumejax.ladder import Survey, best_shares, kappa_ladder, temperature_ladder, trajectory_length
 
 STOPS, TABLE, LEAVES = 41, 64, 2
 MOST_STEPS = 400
@@ -34,6 +35,7 @@ def survey_of(spread_of_slope, *, covariance=0.0, bottom=0.0, step_size=0.3, con
         stretching=[leafwise(stretching) for _ in x],
         leaf_variance=np.stack([np.exp(-x), 0.01 * np.exp(-x)], axis=1),
         leaf_sizes=np.array([30.0, 10.0]),
+        power=1.0,
         step_size=np.full(STOPS, step_size),
         spread=np.full(STOPS, 0.4),
         room=[np.full((1, TABLE), 1.0) for _ in x],
@@ -65,6 +67,36 @@ def density(rungs, high, low):
     """Rungs, times moves, per unit of x between two values of x."""
     x = np.log(rungs.precision[1:])
     return np.sum(np.where((x < high) & (x >= low), rungs.num_moves[1:], 0)) / (high - low)
+
+
+def widest(rungs):
+    return np.max(-np.diff(np.log(rungs.precision[1:])))
+
+
+CLIFF = np.where(np.arange(STOPS) < STOPS // 2, 30.0, 1e-3)
+"""Spreads of a work that ends between two stops."""
+
+
+def test_many_moves_on_a_rung_set_no_rungs_further_apart():
+    rungs = kappa(survey_of(spread_of_slope=CLIFF), budget=4e6)
+    assert rungs.num_moves.max() > 5 and rungs.num_moves[1:].min() >= 1
+    assert widest(rungs) <= 0.71
+
+
+def test_a_work_that_ends_between_two_stops_is_feared_up_to_the_second():
+    survey = survey_of(spread_of_slope=CLIFF)
+    survey = dataclasses.replace(survey, x=5.0 * survey.x)
+    high, low = survey.x[STOPS // 2 - 1], survey.x[STOPS // 2]
+    rungs = np.log(kappa(survey, budget=1.0).precision)
+    # A quarter of the variance is left at the second stop: 15 to 7.5 rungs per unit of x.
+    assert np.sum((rungs < high) & (rungs >= low)) >= 7.5 * (high - low)
+
+
+def test_trajectories_lengthen_as_the_cost_confines_and_less_where_masses_are_more_alike():
+    lengths = trajectory_length(np.array([0.0, 50.0, 100.0]), 100.0, 1.0) / (0.5 * np.pi)
+    np.testing.assert_allclose(lengths, [1.0, 1.0 + 2.5 / 16.0, 3.5])
+    half = trajectory_length(np.array([0.0, 100.0]), 100.0, 0.5) / (0.5 * np.pi)
+    np.testing.assert_allclose(half, [1.0, 1.75])
 
 
 def test_the_ladder_goes_from_the_reference_down_to_the_prior():

@@ -4,6 +4,7 @@ Mutations these catch: Qᵀ for Q on either side, the tether's share left in the
 wrong basis, masses for inverse masses in the unit of time, noise taken for structure.
 """
 
+import equinox as eqx
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,51 @@ def test_few_slopes_keep_a_small_leaf_to_the_factors():
     found, own = np.asarray(metric.right[0], float), np.linalg.eigh(slopes.T.astype(float) @ slopes)[1]
     np.testing.assert_allclose(found @ found.T, np.eye(64), atol=1e-5)
     assert off(found) < 0.5 * off(own)
+
+
+def uneven(spread, samples=4000):
+    """Slopes whose variance k is log-normal over places, each coordinate by itself: E k² / (E k)² = e^{spread²}."""
+    rng = np.random.default_rng(6)
+    scale = np.exp(0.5 * spread * rng.normal(size=(samples, ROWS, COLUMNS)))
+    return (scale * rng.normal(size=scale.shape)).astype(np.float32)
+
+
+def power_of(*slopes, yields=True):
+    betas = np.full(len(slopes[0]), BETA)
+    return float(fit_metric(list(slopes), betas, PRECISION, turns=False, yields=yields).power)
+
+
+@pytest.mark.parametrize(("spread", "power"), [(0.0, 1.0), (0.4, 1.0), (0.6, 2.25 - np.exp(0.36)), (1.5, 0.5)])
+def test_masses_follow_an_uneven_curvature_less(spread, power):
+    # A coordinate is a part of the leaf of 300 that its forces are set against, which takes 3 per cent of the ratio.
+    np.testing.assert_allclose(power_of(uneven(spread)), power, rtol=0.06)
+    assert power_of(uneven(spread), yields=False) == 1.0
+
+
+def test_coordinates_that_the_cost_leaves_free_do_not_tell_how_uneven_it_is():
+    """A leaf whose forces are rare and far below the tether's."""
+    rng = np.random.default_rng(7)
+    rare = rng.uniform(size=(1000, 30, 30)) < 0.01
+    idle = (1e-4 * rare * rng.normal(size=rare.shape)).astype(np.float32)
+    assert power_of(uneven(0.0, 1000), idle) == 1.0
+    assert power_of(uneven(0.0, 1000), 1e6 * idle) == 0.5
+
+
+def test_a_leaf_that_is_stiff_or_soft_as_a_whole_is_not_uneven():
+    scale = np.exp(np.random.default_rng(8).normal(size=(1000, 1, 1))).astype(np.float32)
+    assert power_of(scale * uneven(0.0, 1000)) == 1.0
+
+
+@pytest.mark.parametrize("power", [1.0, 0.7, 0.5])
+def test_masses_of_any_power_leave_chains_as_far_to_go(planted, power):
+    *_, slopes = planted
+    metric = fit_metric([slopes], np.full(SAMPLES, BETA), PRECISION, turns=True)
+    metric = eqx.tree_at(lambda m: m.power, metric, jnp.float32(power))
+    scene = (jnp.ones(1), jnp.float32(PRECISION), jnp.float32(BETA), [slopes[0]])
+    (masses,), (precisions,) = metric.masses(*scene), metric.precisions(*scene)
+    np.testing.assert_allclose(np.sum(1.0 / masses), np.sum(1.0 / precisions), rtol=1e-4)
+    ratio = masses / precisions**power
+    np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-3)
 
 
 def test_turning_and_restoring_cancel(planted):

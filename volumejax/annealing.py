@@ -167,7 +167,7 @@ def _visit_one(
         stiffness, a, beta = (
             jnp.asarray(x, jnp.float32)[level] for x in (table.masses, table.precision, table.beta)
         )  # fmt: skip
-        return ensemble.softness(metric.masses(stiffness, a, beta, d))
+        return ensemble.softness(metric.precisions(stiffness, a, beta, d))
 
     def look(args: tuple[Array, Array, Array]) -> tuple[Position, Array]:
         sign, above, target = args

@@ -13,6 +13,8 @@ Numbers = Array | np.ndarray
 
 MOST_SEPARATION = 3.0
 """R-hat over chains from which on they are taken not to meet: slow mixing alone gives up to 2."""
+LEAST_OVERLAP = 1e-3
+"""Overlap of two neighbouring levels from which on they are bridged; it is 0.3 and more where all is well."""
 MOST_STANDSTILL = 0.05
 """Share of their way over which chains may be held in one place unmentioned."""
 MOST_R_HAT, LEAST_ESS = 1.05, 100
@@ -229,33 +231,31 @@ class ChainTrace(eqx.Module):
             for name in group
         }
 
-    def remarks(self) -> list[str]:
-        """Return what a reader must know about the chains."""
+    def remarks(self) -> list[tuple[str, str]]:
+        """Return what a reader must know about the chains, each with its remedy, or "" where there is none."""
         remarks = []
         if self.progress < 1.0:
-            remarks.append(f"stopped at {100 * float(self.progress):.0f} % of the planned work; what was done is kept")
+            stopped = f"stopped at {100 * float(self.progress):.0f} % of the planned work; what was done is kept"
+            remarks.append((stopped, ""))
         if self.non_finite > 0.0:
-            remarks.append(
-                f"{100 * float(self.non_finite):.2g} % of trajectories met a NaN or infinite cost (counted as outside)"
-            )
+            share = f"{100 * float(self.non_finite):.2g} % of trajectories"
+            remarks.append((f"{share} met a NaN or infinite cost (counted as outside)", ""))
         if self.separation > MOST_SEPARATION:
-            remarks.append(
-                f"the chains stay in separate parts of the region (R-hat between them {self.separation:.1f}): how much "
-                "each part weighs is not known; more chains do not help, higher effort may"
-            )
+            parts = f"the chains stay in separate parts of the region (R-hat between them {self.separation:.1f})"
+            unknown = "how much each part weighs is not known; more chains do not help, higher effort may"
+            remarks.append((f"{parts}: {unknown}", ""))
         if self.standstill > MOST_STANDSTILL:
-            remarks.append(
-                f"chains stood still for {100 * self.standstill:.0f} % of their way, held in narrow places or at the "
-                "wall, which sets the passes apart; raise effort"
-            )
+            still = f"chains stood still for {100 * self.standstill:.0f} % of their way"
+            held = "held in narrow places or at the wall, which sets the passes apart"
+            remarks.append((f"{still}, {held}", "raise effort"))
         if (share := float(np.min(self.betas) / self.betas[-1])) < 1.0:
             # The temperatures end where the mean cost is the cutoff, the warmest of them unless the chains ran warmer.
-            remarks.append(
-                f"β is {share:.2g} of the one at which the mean cost is the cutoff: chains press on the wall; raise "
-                "beta_factor"
-            )
+            colder = f"β is {share:.2g} of the one at which the mean cost is the cutoff: chains press on the wall"
+            remarks.append((colder, "raise beta_factor"))
+        if self.least_overlap < LEAST_OVERLAP:
+            apart = f"two neighbouring levels hardly overlap ({self.least_overlap:.2g})"
+            remarks.append((f"{apart}: nothing tells how far apart they are", "raise effort"))
         if self.least_acceptance < 0.05:
-            remarks.append(
-                f"acceptance falls to {self.least_acceptance:.2f} on some level: its chains hardly move; raise effort"
-            )
+            stiff = f"acceptance falls to {self.least_acceptance:.2f} on some level: its chains hardly move"
+            remarks.append((stiff, "raise effort"))
         return remarks

@@ -39,7 +39,7 @@ __all__ = [
     "quick",
 ]
 
-QUICK_RAYS, QUICK_EFFORT, QUICK_CHAINS, QUICK_DRAWS, QUICK_PARTICLES = 48, 0.01, 8, 64, 16
+QUICK_RAYS, QUICK_EFFORT, QUICK_CHAINS, QUICK_DRAWS, QUICK_PARTICLES, QUICK_PASS = 48, 0.01, 8, 64, 16, 2
 
 
 def _number_or_word(value: Any) -> str:
@@ -451,7 +451,9 @@ def quick(config: AnyConfig) -> AnyConfig:
         return config.model_copy(update=few)
     # Below some effort only fewer chains make a tether's row shorter.
     tethers = tuple(
-        entry.model_copy(update={"effort": min(entry.effort, QUICK_EFFORT), "num_chains": entry.num_chains and 2})
+        entry.model_copy(
+            update={"effort": min(entry.effort, QUICK_EFFORT), "num_chains": entry.num_chains and QUICK_PASS}
+        )
         for entry in config.tethers
     )
     few = {"effort": QUICK_EFFORT, "num_particles": QUICK_PARTICLES, "num_islands": QUICK_PARTICLES // 4}

@@ -165,14 +165,14 @@ class Ensemble(eqx.Module):
         with jax.enable_x64(True):
             return jnp.full((2, len(jax.tree.leaves(self.frame.anchor))), jnp.nan, jnp.float64)
 
-    def softness(self, masses: PyTree) -> PyTree:
+    def softness(self, precisions: PyTree) -> PyTree:
         """Return how far each coordinate gives way when the tether slackens, against the mean of its leaf.
 
         The star's maps keep a chain on its ray, whose segment has been looked at: there all are 1.
         """
         if self.checks:
-            return jax.tree.map(jnp.ones_like, masses)
-        return jax.tree.map(lambda m: (1.0 / m) / jnp.mean(1.0 / m), masses)
+            return jax.tree.map(jnp.ones_like, precisions)
+        return jax.tree.map(lambda p: (1.0 / p) / jnp.mean(1.0 / p), precisions)
 
     def carry(
         self, position: Position, metric: Metric, gains: PyTree, here: tuple[Array, Array], there: tuple[Array, Array]

@@ -87,7 +87,8 @@ def _trajectory(
     ensemble: Ensemble, rung: Rung, metric: Metric, key: Array, start: Position, num_steps: Any, pace: Any
 ) -> tuple[Position, MoveInfo]:
     a, beta = (jnp.asarray(x, jnp.float32) for x in (rung.precision, rung.beta))
-    masses = metric.masses(jnp.asarray(rung.masses, jnp.float32), a, beta, start.displacement)
+    scene = (jnp.asarray(rung.masses, jnp.float32), a, beta, start.displacement)
+    masses, precisions = metric.masses(*scene), metric.precisions(*scene)
     # The generator does not lower under float64 when the call around it runs without.
     with jax.enable_x64(False):
         lot, jitter = jax.random.uniform(jax.random.fold_in(key, 0), (2,), jnp.float32)
@@ -147,7 +148,7 @@ def _trajectory(
     stayed = (start.displacement, start.cost, start.reach, begun.place, end.first_slope)
     moved = (arrived, end.cost, reach, end.place, end.slope)
     displacement, cost, reach, place, slope = jax.tree.map(lambda x, y: jnp.where(taken, x, y), moved, stayed)
-    softened = jax.tree.map(jnp.multiply, ensemble.softness(masses), place)
+    softened = jax.tree.map(jnp.multiply, ensemble.softness(precisions), place)
     virials = jnp.stack([tree.leaf_dots(place, slope), tree.leaf_dots(softened, slope)])
     position = Position(displacement, cost, reach, virials)
     return position, MoveInfo(acceptance, inside, end.bounces, end.non_finite)

@@ -41,6 +41,8 @@ _DIRECT = 6
 """Lags from which on autocorrelations are summed rather than extrapolated from the first."""
 _LARGEST_STEP = 0.7
 """In x: beyond that a ladder is guesswork."""
+_CLIFF = 4.0
+"""Factor by which a variance is believed to fall from one stop to the next."""
 _LARGEST_WORK = 2.0
 """Standard deviation of the work between two rungs, in nats, that acceptance ratios can still bridge."""
 
@@ -55,6 +57,7 @@ class Survey:
         stretching: B of each leaf, plain and by softness, likewise with a last axis of 2 · leaves.
         leaf_variance: mean square of each leaf's δ, shape (stops, leaves).
         leaf_sizes: coordinates of each leaf.
+        power: of the mean precisions, that the masses are.
         step_size: step that gave the wanted acceptance.
         spread: over how many e-folds steps have to be spread so that no chain is stuck.
         room: by how much each chain stayed below the cutoff, nats, likewise without the leaves.
@@ -74,6 +77,7 @@ class Survey:
     stretching: list[Vector]
     leaf_variance: Vector
     leaf_sizes: Vector
+    power: float
     step_size: Vector
     spread: Vector
     room: list[Vector]
@@ -120,7 +124,7 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
     # Of ½ a|δ|² the maps take the part that they stretch.
     squares = survey.leaf_variance * survey.leaf_sizes
     share = np.sum(shares * np.tile(squares, 2), axis=1) / np.sum(squares, axis=1)
-    lengths = trajectory_length(survey.confined, survey.confined[-1])
+    lengths = trajectory_length(survey.confined, survey.confined[-1], survey.power)
     steps = np.clip(np.ceil(lengths / survey.typical_step), 2, most_steps)
     high, low = survey.x[0], survey.x[-1]
     grid = np.linspace(high, low, 2000)
@@ -129,8 +133,13 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
         return np.interp(-grid, -survey.x, values)
 
     spreads = on_grid(survey.spreads)
-    v, n, tau = (np.exp(on_grid(np.log(values))) for values in (variance, steps, memory))
-    floor = np.maximum(np.sqrt(v) / _LARGEST_WORK, 1.0 / _LARGEST_STEP)
+    # Where a variance ends between two stops is not known.
+    near = [np.max(variance[max(i - 1, 0) : i + 2]) for i in range(len(variance))]
+    v, n, tau, most = (
+        np.exp(on_grid(np.log(values)))
+        for values in (variance, steps, memory, np.maximum(variance, np.array(near) / _CLIFF))
+    )
+    floor = np.maximum(np.sqrt(most) / _LARGEST_WORK, 1.0 / _LARGEST_STEP)
     # On the way up a step puts (1 − p) X dx nats into the chain, which must not carry it through the wall.
     put_in = (1.0 - np.clip(on_grid(share), 0.0, 1.0)) * on_grid(np.array([np.mean(slope) for slope in survey.slope]))
     floor = np.maximum(floor, put_in / (_RELEASE * np.sqrt(on_grid(survey.confined)) + 3.0))
@@ -151,9 +160,11 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
         middle = np.sqrt(max(lower, 1e-12) * upper)
         lower, upper = (middle, upper) if spent(middle) < budget else (lower, middle)
     density = np.maximum(max(lower, 1e-12) * ideal, floor)
-    cumulative = np.concatenate([[0.0], np.cumsum(0.5 * (density[1:] + density[:-1]) * width)])
-    moves = max(1, round(cumulative[-1] / _MOST_RUNGS))
-    count = max(int(np.ceil(cumulative[-1] / moves)), 2)
+    # What is more than a ladder of `_MOST_RUNGS` are further moves on a rung, but no rungs are further apart for that.
+    moves = max(1, round(float(np.sum(density)) * width / _MOST_RUNGS))
+    rungs = np.maximum(density / moves, floor)
+    cumulative = np.concatenate([[0.0], np.cumsum(0.5 * (rungs[1:] + rungs[:-1]) * width)])
+    count = max(int(np.ceil(cumulative[-1])), 2)
     x = np.interp(np.linspace(0.0, cumulative[-1], count + 1), cumulative, grid)
     precision = np.exp(x)
     shares_x = np.stack([np.interp(-x, -survey.x, column) for column in shares.T], axis=1)
@@ -176,7 +187,7 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
         step_size=from_reference(step_size, step_size[0]),
         spread=from_reference(np.interp(-x, -survey.x, survey.spreads), 0.0),
         num_steps=from_reference(np.asarray(np.round(steps_x), np.float64), 2.0).astype(np.int32),
-        num_moves=from_reference(np.full(len(x), float(moves)), 0.0).astype(np.int32),
+        num_moves=from_reference(np.round(np.interp(-x, -grid, density / rungs)), 0.0).astype(np.int32),
         stretch=np.concatenate([np.zeros((1, stretch.shape[1])), stretch]),
     )
 
@@ -219,15 +230,15 @@ def temperature_ladder(survey: Survey, *, decades: float, most_steps: int, budge
     ), above
 
 
-def trajectory_length(confined: Vector, last: float) -> Vector:
+def trajectory_length(confined: Vector, last: float, power: float) -> Vector:
     """Return how long trajectories are, in units of the free directions' angular period over 2π.
 
     A quarter period where the ensemble is nearly Gaussian, up to three and a half quarters where the region's bends
     make it softer than the prior: on the digits network the slowest modes then lose most of their memory in one
-    trajectory.
+    trajectory. Less where masses are a lower power of the mean precisions: most directions then turn faster.
     """
     share = np.clip(np.asarray(confined) / max(last, 1.0), 0.0, 1.0)
-    return np.asarray(0.5 * np.pi * (1.0 + 2.5 * share**4))
+    return np.asarray(0.5 * np.pi * (1.0 + (2.5 - 3.5 * (1.0 - power)) * share**4))
 
 
 def _smooth_work(survey: Survey, escort: float) -> tuple[Vector, Vector, Vector]:

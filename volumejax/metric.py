@@ -5,7 +5,10 @@ eigenvectors of E[G Gᵀ] and E[Gᵀ G] are a basis in which they are nearly dia
 anchor: it follows the data's covariance more than the weights. A small leaf has one basis for all of its coordinates,
 the eigenvectors of their whole second moment, drawn towards the factors' where samples are few. The masses are
 
-.. math:: m_i \propto a + \beta c_i .
+.. math:: m_i \propto (a + \beta c_i)^p
+
+with p = 1 where the curvature is the same everywhere. Where every place is stiff in a few directions, and others than
+its neighbours, masses as large as the mean of all places hold still what is free at most of them.
 
 References: Gupta, Koren & Singer 2018 (Shampoo) for the two factors; Vyas et al. 2024 (SOAP) for the diagonal in their
 basis; Girolami & Calderhead 2011 for curvature as the metric of Hamiltonian moves.
@@ -33,6 +36,10 @@ _FLOOR = 0.1
 """Share of a leaf's own stiffness, as its spread tells it, that every coordinate has at least."""
 _AGREES = 4.0
 """Factor by which a leaf may be wider or narrower than its curvature says, against all others, and not be rescaled."""
+_EVEN, _LEAST_POWER = 1.25, 0.5
+"""Peakedness of the forces from which on the power of the masses falls, by as much as that rises, and where it ends."""
+_FELT = 0.1
+"""Share of the prior's and tether's precision from which on a coordinate's curvature counts as felt."""
 _CORRELATED = 4.0
 """Successive gradients of one chain count for this many times fewer."""
 
@@ -47,6 +54,8 @@ class Metric(eqx.Module):
     """Mean of the second derivatives of C in the whitened, turned coordinates; leaves' shapes, float32."""
     beta: Float[Array, ""]
     """β at which it was fitted, float32."""
+    power: Float[Array, ""]
+    """Of the mean precisions, that gives the masses, float32: 1 where they are the same everywhere, less where not."""
 
     def turned(self, vector: PyTree) -> PyTree:
         """Return the coordinates of `vector` in the bases of its leaves."""
@@ -57,11 +66,7 @@ class Metric(eqx.Module):
         return self._apply(vector, transpose=False)
 
     def masses(self, stiffness: Float[Array, "leaves"], precision: Array, beta: Array, like: PyTree) -> PyTree:
-        """Return each coordinate's mass, ∝ a + βc.
-
-        The unit is such that Σ 1/m at `self.beta` is the whole mean square of δ, whatever the curvature says: where the
-        region is wider, trajectories have further to go. A leaf whose own mean square is more than `_AGREES` times off
-        has another curvature here than where the metric was fitted, and is rescaled by the rest.
+        """Return each coordinate's mass: its mean precision to the `power`, in the unit that keeps Σ 1/m.
 
         Args:
             stiffness: one over the mean square of a leaf's coordinates.
@@ -69,16 +74,39 @@ class Metric(eqx.Module):
             beta: β.
             like: gives the structure.
         """
+        means, scales = self._means(stiffness, precision, beta)
+        powers = [mean**self.power for mean in means]
+        unit = _inverse_sum(powers) / _inverse_sum(means)
+        masses = [unit * scale * power for scale, power in zip(scales, powers, strict=True)]
+        return jax.tree.unflatten(jax.tree.structure(like), masses)
+
+    def precisions(self, stiffness: Float[Array, "leaves"], precision: Array, beta: Array, like: PyTree) -> PyTree:
+        """Return each coordinate's mean precision, ∝ a + βc.
+
+        The unit is such that their inverses at `self.beta` add up to the whole mean square of δ, whatever the curvature
+        says: where the region is wider, trajectories have further to go. A leaf whose own mean square is more than
+        `_AGREES` times off has another curvature here than where the metric was fitted, and is rescaled by the rest.
+
+        Args:
+            stiffness: as for `masses`.
+            precision: as for `masses`.
+            beta: as for `masses`.
+            like: as for `masses`.
+        """
+        means, scales = self._means(stiffness, precision, beta)
+        return jax.tree.unflatten(jax.tree.structure(like), [s * mean for s, mean in zip(scales, means, strict=True)])
+
+    def _means(self, stiffness: Array, precision: Array, beta: Array) -> tuple[list[Array], list[Array]]:
+        """Return mean precisions as the curvature has them, and the factor by which each leaf is to be rescaled."""
         least = [precision + _FLOOR * stiffness[leaf] for leaf in range(len(self.curvature))]
         widths = [jnp.sum(1.0 / (b + self.beta * c)) for b, c in zip(least, self.curvature, strict=True)]
         seen = [c.size / stiffness[leaf] for leaf, c in enumerate(self.curvature)]
         unit = jnp.sum(jnp.stack(widths)) / jnp.sum(jnp.stack(seen))
-        masses = []
-        for b, c, width, found in zip(least, self.curvature, widths, seen, strict=True):
+        scales = []
+        for width, found in zip(widths, seen, strict=True):
             off = jnp.log(width / (unit * found))
-            excess = jnp.sign(off) * jnp.maximum(jnp.abs(off) - jnp.log(_AGREES), 0.0)
-            masses.append(unit * jnp.exp(excess) * (b + beta * c))
-        return jax.tree.unflatten(jax.tree.structure(like), masses)
+            scales.append(jnp.exp(jnp.sign(off) * jnp.maximum(jnp.abs(off) - jnp.log(_AGREES), 0.0)))
+        return [unit * (b + beta * c) for b, c in zip(least, self.curvature, strict=True)], scales
 
     def _apply(self, vector: PyTree, *, transpose: bool) -> PyTree:
         leaves, treedef = jax.tree.flatten(vector)
@@ -98,10 +126,13 @@ def plain_metric(params: PyTree, *, turns: bool) -> Metric:
         right=right,
         curvature=[_on_device(np.zeros(shape)) for shape in shapes],
         beta=_on_device(np.ones(())),
+        power=_on_device(np.ones(())),
     )
 
 
-def fit_metric(slopes: list[NDArray[np.float32]], betas: NDArray, precision: float, *, turns: bool) -> Metric:
+def fit_metric(
+    slopes: list[NDArray[np.float32]], betas: NDArray, precision: float, *, turns: bool, yields: bool = False
+) -> Metric:
     """Fit the metric to gradients of C in whitened coordinates.
 
     Args:
@@ -109,10 +140,11 @@ def fit_metric(slopes: list[NDArray[np.float32]], betas: NDArray, precision: flo
         betas: inverse temperature at which each sample was taken, shape (samples,).
         precision: a where they were taken.
         turns: False keeps the parameters' own basis, as the walls of a box demand.
+        yields: whether the masses follow the mean curvature the less, the more unevenly it is spread over places.
     """
     left: list[Array | None] = []
     right: list[Array | None] = []
-    curvature = []
+    curvature, peaks = [], []
     for slope in slopes:
         shape = slope.shape[1:]
         grids = np.nan_to_num(slope, posinf=0.0, neginf=0.0).reshape(len(slope), *_sides(shape))
@@ -131,10 +163,12 @@ def fit_metric(slopes: list[NDArray[np.float32]], betas: NDArray, precision: flo
         beta = float(np.mean(betas))
         force = beta * np.mean(np.square(grids), axis=0)
         felt = 0.5 * (force + np.sqrt(force * (force + 4.0 * precision))) / beta
+        peaks.append(_peakedness(grids)[beta * felt > _FELT * precision])
         curvature.append(_on_device(_shrunk(felt, len(slope)).reshape(shape)))
         left.append(None if p is None else _on_device(p))
         right.append(None if q is None else _on_device(q))
-    return Metric(left, right, curvature, _on_device(np.asarray(np.mean(betas))))
+    power = _power(np.concatenate(peaks)) if yields else 1.0
+    return Metric(left, right, curvature, *(_on_device(np.asarray(x)) for x in (np.mean(betas), power)))
 
 
 def _on_device(values: NDArray) -> Array:
@@ -180,6 +214,21 @@ def _joint_basis(flat: NDArray) -> NDArray[np.float64]:
     return np.linalg.eigh(trust * moment + (1.0 - trust) * np.diag(np.diag(moment)))[1]
 
 
+def _peakedness(grids: NDArray) -> NDArray:
+    """Return each coordinate's E g⁴ / 3 (E g²)²: 1 for normal forces, E k² / (E k)² if their variance k is local.
+
+    Of forces relative to their leaf's as a whole, which makes all of its directions stiff at once.
+    """
+    squares = np.square(grids) / np.maximum(np.mean(np.square(grids), axis=0), 1e-30)
+    squares /= np.maximum(np.mean(squares, axis=tuple(range(1, squares.ndim)), keepdims=True), 1e-30)
+    return np.mean(np.square(squares), axis=0) / (3.0 * np.maximum(np.square(np.mean(squares, axis=0)), 1e-30))
+
+
+def _power(peaks: NDArray) -> float:
+    """Return the power of the mean precisions that the masses take, from the forces' peakedness; 1 for normal ones."""
+    return float(np.clip(1.0 + _EVEN - np.mean(peaks), _LEAST_POWER, 1.0)) if peaks.size else 1.0
+
+
 def _shrunk(curvature: NDArray, samples: int) -> NDArray:
     """Draw a leaf's log curvatures towards their mean as far as that many samples scatter by chance."""
     top = float(np.max(curvature))
@@ -191,6 +240,10 @@ def _shrunk(curvature: NDArray, samples: int) -> NDArray:
     chance = float(polygamma(1, 0.5 * max(samples / _CORRELATED, 1.0)))
     trust = max(1.0 - chance / spread, 0.0) if spread > 0.0 else 0.0
     return np.exp(mean + trust * (logs - mean))
+
+
+def _inverse_sum(leaves: list[Array]) -> Array:
+    return jnp.sum(jnp.stack([jnp.sum(1.0 / x) for x in leaves]))
 
 
 def _turn(x: Array, p: Array | None, q: Array | None, transpose: bool) -> Array:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Key
 
 from volumejax import tree
 from volumejax.annealing import Record, begin, laid_out_like, pad, slopes, travel
-from volumejax.ensemble import Ensemble, Position, Rung
+from volumejax.ensemble import SHORT, Ensemble, Position, Rung
 from volumejax.ladder import Survey, best_shares, trajectory_length
 from volumejax.metric import Metric, fit_metric, plain_metric
 
@@ -51,6 +51,9 @@ _CHEAP, _CHEAP_SPREAD = 1000, 1.0
 arms, no one step and no one map fits."""
 _FEW, _FEW_SPREAD = 100, 2.5
 """The same where there are fewer still, and arms are narrower against the rest."""
+_UNEVEN_SPREAD = 3.0
+"""And where there are more: e-folds for each unit by which the power of the masses lies below 1, where trajectories
+are long. A chain that comes by a place far stiffer than most has to leave it again."""
 _PRESSED = 3.0
 """Mean of B, in roots of D, that says that the wall is felt."""
 _INFINITE = (
@@ -152,7 +155,7 @@ def _ascend(
     stops = [settled]
     for i, x in enumerate(plan[1:], start=1):
         rise = x - latest.x
-        flight.stretch(-0.5 * _rate([latest.record], [latest.x], flight.as_one)[1] * rise)
+        flight.pending = -0.5 * _rate([latest.record], [latest.x], flight.as_one)[1] * rise
         variance = latest.variance * np.exp(-rise)
         confined = flight.confined(beta, latest.record)
         gait, records = latest.gait, []
@@ -211,7 +214,7 @@ def _descend(
         # The next stop confines more.
         beta = max(beta, _target(1.2 * np.exp(width) * stops[-1].confined, flight.bulge(record), room, factor))
         following = max(x - width, 0.0) if stiff else x - width
-        flight.stretch(0.5 * shares * (x - following))
+        flight.pending = 0.5 * shares * (x - following)
         variance = variance * np.exp(min(0.5 * (x - following), 0.2))
         x = following
 
@@ -230,6 +233,7 @@ class _Flight:
         self.slopes: list[tuple[float, list[np.ndarray]]] = []
         self.positions: Position
         self.pending = np.zeros(2 * len(jax.tree.leaves(ensemble.frame.anchor)))
+        """Logs by which the next visit first scales the leaves, where that stays inside."""
         self.memory = np.ones(len(self.chains))
         """Each chain's acceptance of late: near zero where it has been stuck for several moves."""
 
@@ -273,22 +277,17 @@ class _Flight:
         """Whether all leaves are stretched alike: chains of the star stay on their rays, and arms differ in leaves."""
         return bool(self.ensemble.checks) or self.ensemble.dimension < _CHEAP
 
-    def stretch(self, log_factors: np.ndarray) -> None:
-        """Scale the leaves of the displacements on the way to the next stop, where that stays inside."""
-        self.pending = log_factors
-
     def visit(self, x: float, beta: float, gait: _Gait, variance: np.ndarray, confined: float) -> Record:
         """Let the chains move once and measure them; those that fell outside restart from the others."""
-        length = float(trajectory_length(np.asarray(confined), max(confined, 60.0)))
-        steps = int(np.clip(np.ceil(length / gait.step * np.exp(0.5 * gait.spread)), 2, _MOST_STEPS))
+        spread = self.spread(gait, confined)
+        steps = int(np.clip(np.ceil(self.length(confined) / gait.step * np.exp(0.5 * spread)), 2, _MOST_STEPS))
         # Two rungs: the chains step from the first onto the second by the pending stretch, and move there.
         rung = Rung(
             precision=np.full(3, np.exp(x)),
             beta=np.full(3, beta),
             masses=np.repeat(1.0 / variance[None], 3, axis=0),
             step_size=np.full(3, gait.step),
-            # Any spread at all brings the short trajectories with it, which free chains that are held in an arm.
-            spread=np.full(3, max(gait.spread, 1e-9 if self.ensemble.dimension < _CHEAP else 0.0)),
+            spread=np.full(3, spread),
             num_steps=np.full(3, steps, np.int32),
             num_moves=np.array([0, 1, 1], np.int32),
             stretch=np.stack([self.pending, 0.0 * self.pending, 0.0 * self.pending]),
@@ -304,7 +303,19 @@ class _Flight:
         self.revive()
         return Record(*(part[1:] for part in record))
 
-    def learn(self, x: float, beta: float, *, keep: int) -> None:
+    def length(self, confined: float) -> float:
+        """Return how long trajectories are at that λ."""
+        return float(trajectory_length(np.asarray(confined), max(confined, 60.0), float(self.metric.power)))
+
+    def spread(self, gait: _Gait, confined: float) -> float:
+        """Return over how many e-folds steps are drawn."""
+        if self.ensemble.dimension < _CHEAP:
+            # Any spread at all brings the short trajectories with it, which free chains that are held in an arm.
+            return max(gait.spread, 1e-9)
+        long = float(np.clip(self.length(confined) / (2.0 * SHORT * gait.step) - 1.0, 0.0, 1.0))
+        return max(gait.spread, _UNEVEN_SPREAD * (1.0 - float(self.metric.power)) * long)
+
+    def learn(self, x: float, beta: float, *, keep: int, yields: bool = False) -> None:
         """Fit the metric to the slopes where the chains stand now and stood at the visits before, `keep` at most."""
         here = slopes(self.ensemble, self.positions, self.batch_size)
         self.gradients += 1
@@ -313,7 +324,8 @@ class _Flight:
         self.slopes = self.slopes[-min(keep, room) :]
         together = [np.concatenate(parts) for parts in zip(*(leaves for _, leaves in self.slopes), strict=True)]
         betas = np.repeat([beta for beta, _ in self.slopes], len(self.chains))
-        self.metric = fit_metric(together, betas, float(np.exp(x)), turns=self.ensemble.frame.walls is None)
+        turns = self.ensemble.frame.walls is None
+        self.metric = fit_metric(together, betas, float(np.exp(x)), turns=turns, yields=yields)
 
     def confined(self, beta: float, record: Record) -> float:
         """Return λ = β(E − C0), the mean over chains."""
@@ -386,7 +398,7 @@ class _Flight:
         ):
             gait, record = self.settle_gait(stop.x, beta, gait, variance, 1e9, most=1)
             records.append(record)
-            self.learn(stop.x, beta, keep=_MOST_SETTLING)
+            self.learn(stop.x, beta, keep=_MOST_SETTLING, yields=self.ensemble.dimension >= _CHEAP)
             variance = _variances(self.ensemble, record)
             energies.append(max(self.expected(record, stop.x, beta), 0.1))
             wanted = _target(float(np.mean(energies[-_LEAST_SETTLING // 2 :])), self.bulge(record), room, factor)
@@ -443,17 +455,19 @@ def _smooth_steps(steps: np.ndarray) -> np.ndarray:
 def _survey(flight: _Flight, stops: list[_Stop], beta: float, natural: float) -> Survey:
     ensemble, anchor_cost = flight.ensemble, flight.anchor_cost
     small = ensemble.dimension < _CHEAP
+    confined = np.array([max(beta * (float(np.mean(stop.record.cost)) - anchor_cost), 0.0) for stop in stops])
     return Survey(
         x=np.array([stop.x for stop in stops]),
         slope=[0.5 * np.exp(stop.x) * stop.record.square for stop in stops],
         stretching=[np.nan_to_num(stop.record.stretchings) for stop in stops],
         leaf_variance=np.stack([stop.variance for stop in stops]),
         leaf_sizes=_leaf_sizes(ensemble),
+        power=float(flight.metric.power),
         step_size=_smooth_steps(np.array([stop.gait.step for stop in stops])),
-        spread=np.array([stop.gait.spread for stop in stops]),
+        spread=np.array([flight.spread(stop.gait, c) for stop, c in zip(stops, confined, strict=True)]),
         room=[float(ensemble.cutoff) - stop.record.reach for stop in stops],
         rises=[np.nan_to_num(stop.record.rises) for stop in stops],
-        confined=np.array([max(beta * (float(np.mean(stop.record.cost)) - anchor_cost), 0.0) for stop in stops]),
+        confined=confined,
         as_one=flight.as_one,
         inside=np.array([float(np.mean(stop.record.inside)) if small else 1.0 for stop in stops]),
         beta=beta,

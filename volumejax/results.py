@@ -18,7 +18,7 @@ from volumejax.tree import is_traced
 
 __all__ = ["BoundKind", "Kind", "RayBatch", "Status", "VolumeEstimate", "last_estimate"]
 
-_RAISE = "; raise effort"
+_RAISE = "raise effort"
 """What helps chains that have not mixed."""
 
 
@@ -212,18 +212,21 @@ class VolumeEstimate(eqx.Module):
         return remarks
 
     def _chain_remarks(self, kind: Kind, trace: ChainTrace) -> list[str]:
-        remarks = []
+        own = []
         if kind is Kind.NOT_MIXED:
             says = " and ".join(self._passes(trace))
             above = ", together above what a probability can be" if self.log_mass > self.upper else ""
-            remarks.append(f"not mixed: {says}{_max_r_hat(trace)}{above}; only `lower` may be quoted{_RAISE}")
+            own.append((f"not mixed: {says}{_max_r_hat(trace)}{above}; only `lower` may be quoted", _RAISE))
         elif kind is Kind.LOWER_BOUND and trace.ended:
-            remarks.append(f"a lower bound: on some rung every chain was lost at the wall{_RAISE}")
+            own.append(("a lower bound: on some rung every chain was lost at the wall", _RAISE))
         elif kind is Kind.LOWER_BOUND:
-            remarks.append("a lower bound: the heating pass that would show the bias has not ended")
-        # One remedy is said once.
-        said = any(remark.endswith(_RAISE) for remark in remarks)
-        return remarks + [remark.removesuffix(_RAISE) if said else remark for remark in trace.remarks()]
+            own.append(("a lower bound: the heating pass that would show the bias has not ended", ""))
+        said = {""}
+        remarks = []
+        for fact, remedy in own + trace.remarks():
+            remarks.append(fact if remedy in said else f"{fact}; {remedy}")
+            said.add(remedy)
+        return remarks
 
     def _passes(self, trace: ChainTrace) -> list[str]:
         """Return what either pass says, in words."""

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpy.typing import NDArray
 
-from volumejax.chains import MOST_SEPARATION, ChainTrace, Curve, LearningCoefficient
+from volumejax.chains import LEAST_OVERLAP, MOST_SEPARATION, ChainTrace, Curve, LearningCoefficient
 from volumejax.diagnostics import certified_lower, effective_sample_size, split_r_hat
 from volumejax.results import BoundKind, Kind, VolumeEstimate
 from volumejax.tally import COOLING, HEATING, Tally
@@ -100,16 +100,18 @@ def summarise(
     lag = float(np.sqrt(max(gap**2 - (2.0 * chance) ** 2, 0.0))) if np.isfinite(gap) else np.inf
     systematic = lag / _LAG
     std_error = float(np.hypot(statistical, systematic) + _ROUNDING * (plan.dimension + abs(whole.log_mass)))
+    curve_errors = _jackknife(np.stack([sums.curve for sums in without]))
+    energy_errors = _jackknife(np.stack([sums.energies for sums in without]))
+    trace = _trace(tally, plan, (whole, energy_errors), weights, gradients, progress)
     mixed = (
         lag <= max(_SMALL, _SHARE * abs(whole.log_mass))
+        # Between levels that do not overlap the ratio is anything between what the two ways say, in both passes.
+        and not trace.least_overlap < min(LEAST_OVERLAP, float(np.exp(-_SHARE * abs(whole.log_mass))))
         and trace.least_acceptance > 0.02
         and not trace.separation > MOST_SEPARATION
         # Chains that are stuck where little mass is agree with each other and not with their own weights.
         and whole.log_mass + 2.0 * std_error > lower
     )
-    curve_errors = _jackknife(np.stack([sums.curve for sums in without]))
-    energy_errors = _jackknife(np.stack([sums.energies for sums in without]))
-    trace = _trace(tally, plan, (whole, energy_errors), weights, gradients, progress)
     return _estimate(
         tally,
         plan,
