@@ -84,7 +84,7 @@ def test_many_moves_on_a_rung_set_no_rungs_further_apart():
 
 
 def test_a_work_that_ends_between_two_stops_is_feared_up_to_the_second():
-    survey = survey_of(spread_of_slope=CLIFF)
+    survey = survey_of(spread_of_slope=CLIFF, confined=1e6)
     survey = dataclasses.replace(survey, x=5.0 * survey.x)
     high, low = survey.x[STOPS // 2 - 1], survey.x[STOPS // 2]
     rungs = np.log(kappa(survey, budget=1.0).precision)

@@ -300,6 +300,13 @@ def test_errors_are_calibrated_and_bounds_hold(name):
 
 
 @pytest.mark.slow
+def test_a_neuron_with_as_many_weights_as_digits_comes_out_at_that_budget():
+    """Its tether ends suddenly, among many moves a rung: rungs too far apart once made it 130 nats wrong and "ok"."""
+    problem = reference.tanh_neuron(2400, 2410, cutoff=1e-2)
+    check(measure(problem, num_chains=4), problem.log_mass, cap=15.0, gap=40.0)
+
+
+@pytest.mark.slow
 def test_a_small_network_comes_out_as_in_longer_runs():
     """The README's example, whose longer runs say -90.2 ± 0.15; rays see less."""
     key = jax.random.key(0)
