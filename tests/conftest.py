@@ -1,10 +1,12 @@
 """Runs to draw and to store, without sending a ray."""
 
+import collections
 import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -13,11 +15,33 @@ from volumejax.records import Row, Run
 from volumejax.results import BoundKind, Kind, RayBatch, VolumeEstimate
 
 
+def pytest_collection_modifyitems(items):
+    """Long tests first, module by module: in the end workers then have short ones to share."""
+    is_slow = lambda item: item.get_closest_marker("slow") is not None
+    slow = collections.Counter(item.path for item in items if is_slow(item))
+    items.sort(key=lambda item: (-slow[item.path], str(item.path), not is_slow(item)))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _let_go_of_compiled_programs():
     """Each program holds maps of memory, of which Linux grants a process 65,530: the whole suite needs more."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def of_seeds():
+    """`of_seeds(call, number)`: what `call` returns for each seed; shapes are checked at run time in the first only."""
+
+    def repeat(call, number):
+        first = call(0)
+        jaxtyping.config.update("jaxtyping_disable", True)
+        try:
+            return [first, *(call(seed) for seed in range(1, number))]
+        finally:
+            jaxtyping.config.update("jaxtyping_disable", False)
+
+    return repeat
 
 
 def _fill(cls, default, **values):

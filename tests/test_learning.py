@@ -197,15 +197,13 @@ def test_langevin_finds_its_own_step_and_takes_behaviours_in_batches():
 
 
 @pytest.mark.slow
-def test_errors_are_honest():
+def test_errors_are_honest(of_seeds):
     """Root mean square of the deviations over their errors."""
     h = np.array([3.0, 1.0, 0.0])
     problem, truth = reference.quadratic(h, cutoff=1.0), coefficients.localised_quadratic(h, beta=10.0, gamma=1.0)
     sampler = vj.Hamiltonian(num_chains=8, num_draws=96, num_steps=8)
-    scores = []
-    for seed in range(200):
-        result = measure(problem, seed, beta=10.0, sampler=sampler)
-        scores.append((result.value - truth) / result.std_error)
+    results = of_seeds(lambda seed: measure(problem, seed, beta=10.0, sampler=sampler), 200)
+    scores = [(result.value - truth) / result.std_error for result in results]
     assert 0.8 <= np.sqrt(np.mean(np.square(scores))) <= 1.25
 
 

@@ -114,9 +114,9 @@ def test_a_tiny_network_is_guessed_as_often_as_brute_force_guesses_it(kind):
 
 
 @pytest.mark.slow
-def test_errors_and_bounds_hold_over_two_hundred_seeds():
+def test_errors_and_bounds_hold_over_two_hundred_seeds(of_seeds):
     problem = reference.normal_crossing((1, 1), cutoff=1e-3, gaussian=True)
-    seen = [measure(problem, seed, num_particles=256, effort=0.5) for seed in range(200)]
+    seen = of_seeds(lambda seed: measure(problem, seed, num_particles=256, effort=0.5), 200)
     deviations = np.array([(e.log_mass - problem.log_mass) / e.std_error for e in seen])
     assert 0.8 <= np.sqrt(np.mean(deviations**2)) <= 1.25
     assert np.mean([e.lower > problem.log_mass for e in seen]) <= 0.05

@@ -289,11 +289,11 @@ CHEAP = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHEAP)
-def test_errors_are_calibrated_and_bounds_hold(name):
+def test_errors_are_calibrated_and_bounds_hold(name, of_seeds):
     # The rms over 30 seeds scatters by 13 per cent.
     make, effort, seeds = CHEAP[name]
     problem = make()
-    estimates = [measure(problem, seed, effort=effort, decades=0.5) for seed in range(seeds)]
+    estimates = of_seeds(lambda seed: measure(problem, seed, effort=effort, decades=0.5), seeds)
     errors = np.array([(e.log_mass - problem.log_mass) / e.std_error for e in estimates])
     assert 0.7 <= np.sqrt(np.mean(errors**2)) <= 1.35
     assert np.mean([e.lower > problem.log_mass for e in estimates]) <= 0.05
