@@ -13,6 +13,9 @@ import pytest
 from volumejax.chains import ChainTrace, Curve
 
 LEVELS, CHAINS, TEMPERATURES = 4, 6, 3
+EFFORT = "raise effort"
+SEPARATE = "the chains stay in separate parts of the region (R-hat between them 7.2)"
+COLDER = "β is 0.85 of the one at which the mean cost is the cutoff"
 
 
 def test_the_slope_of_a_power_law_is_its_power():
@@ -58,16 +61,16 @@ def test_what_was_not_visited_is_nan(make_trace):
         ({}, None, ""),
         ({"progress": np.array(0.37)}, "stopped at 37 % of the planned work", ""),
         ({"non_finite": np.array(0.004)}, "0.4 % of trajectories met a NaN or infinite cost", ""),
-        ({"acceptance": np.array([[np.nan, 0.5, 0.03, 0.5]] * 2)}, "acceptance falls to 0.03 on", "raise effort"),
+        ({"acceptance": np.array([[np.nan, 0.5, 0.03, 0.5]] * 2)}, "acceptance falls to 0.03 on some level", EFFORT),
         ({"acceptance": np.array([[np.nan, 0.5, 0.06, 0.5]] * 2)}, None, ""),
-        ({"separation": np.array(7.25)}, "in separate parts of the region (R-hat between them 7.2)", ""),
+        ({"separation": np.array(7.25)}, SEPARATE, ""),
         ({"separation": np.array(2.0)}, None, ""),
-        ({"overlap": np.array([0.9, 2e-5, 0.6])}, "neighbouring levels hardly overlap (2e-05)", "raise effort"),
+        ({"overlap": np.array([0.9, 2e-5, 0.6])}, "neighbouring levels hardly overlap (2e-05)", EFFORT),
         ({"overlap": np.array([0.9, 2e-3, 0.6])}, None, ""),
         ({"separation": np.array(np.nan)}, None, ""),
-        ({"standstill": np.array(0.24)}, "chains stood still for 24 % of their way", "raise effort"),
+        ({"standstill": np.array(0.24)}, "chains stood still for 24 % of their way", EFFORT),
         ({"standstill": np.array(0.04)}, None, ""),
-        ({"betas": np.array([300.0, 85.0, 100.0])}, "β is 0.85 of the one at which", "raise beta_factor"),
+        ({"betas": np.array([300.0, 85.0, 100.0])}, COLDER, "raise beta_factor"),
         ({"betas": np.array([300.0, 200.0, 100.0])}, None, ""),
     ],
 )

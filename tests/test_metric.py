@@ -1,7 +1,8 @@
 """Metrics from gradients of Gaussians whose curvature is planted.
 
 Mutations these catch: Qᵀ for Q on either side, the tether's share left in the curvature, β² for β, curvatures of the
-wrong basis, masses for inverse masses in the unit of time, noise taken for structure.
+wrong basis, masses for inverse masses in the unit of time, noise taken for structure, a leaf that is stiff as a whole
+or coordinates without a force taken for an uneven curvature.
 """
 
 import equinox as eqx

@@ -17,6 +17,8 @@ LEAST_OVERLAP = 1e-3
 """Overlap of two neighbouring levels from which on they are bridged; it is 0.3 and more where all is well."""
 MOST_STANDSTILL = 0.05
 """Share of their way over which chains may be held in one place unmentioned."""
+RAISE_EFFORT = "raise effort"
+"""The remedy for chains that have not mixed, in the same words wherever it is given, so that it is said once."""
 MOST_R_HAT, LEAST_ESS = 1.05, 100
 """Of the cost's chains, for a learning coefficient to be quoted."""
 
@@ -247,15 +249,15 @@ class ChainTrace(eqx.Module):
         if self.standstill > MOST_STANDSTILL:
             still = f"chains stood still for {100 * self.standstill:.0f} % of their way"
             held = "held in narrow places or at the wall, which sets the passes apart"
-            remarks.append((f"{still}, {held}", "raise effort"))
+            remarks.append((f"{still}, {held}", RAISE_EFFORT))
         if (share := float(np.min(self.betas) / self.betas[-1])) < 1.0:
             # The temperatures end where the mean cost is the cutoff, the warmest of them unless the chains ran warmer.
             colder = f"β is {share:.2g} of the one at which the mean cost is the cutoff: chains press on the wall"
             remarks.append((colder, "raise beta_factor"))
         if self.least_overlap < LEAST_OVERLAP:
             apart = f"two neighbouring levels hardly overlap ({self.least_overlap:.2g})"
-            remarks.append((f"{apart}: nothing tells how far apart they are", "raise effort"))
+            remarks.append((f"{apart}: nothing tells how far apart they are", RAISE_EFFORT))
         if self.least_acceptance < 0.05:
             stiff = f"acceptance falls to {self.least_acceptance:.2f} on some level: its chains hardly move"
-            remarks.append((stiff, "raise effort"))
+            remarks.append((stiff, RAISE_EFFORT))
         return remarks

@@ -18,7 +18,8 @@ __all__ = ["Survey", "best_shares", "kappa_ladder", "temperature_ladder"]
 
 Vector = NDArray[np.float64]
 
-_MOST_RUNGS = 400
+_MANY_RUNGS = 400
+"""From so many on chains move more often on a rung, and rungs are added only where the works ask for them."""
 _CROWDED, _FREE = 0.9, 0.97
 """Shares of trajectories inside, from which the maps stretch at all, and as much as they want to."""
 _PROBE, _LOST = 0.1, 0.01
@@ -160,8 +161,8 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
         middle = np.sqrt(max(lower, 1e-12) * upper)
         lower, upper = (middle, upper) if spent(middle) < budget else (lower, middle)
     density = np.maximum(max(lower, 1e-12) * ideal, floor)
-    # What is more than a ladder of `_MOST_RUNGS` are further moves on a rung, but no rungs are further apart for that.
-    moves = max(1, round(float(np.sum(density)) * width / _MOST_RUNGS))
+    # Further moves set no rungs further apart than the works allow.
+    moves = max(1, round(float(np.sum(density)) * width / _MANY_RUNGS))
     rungs = np.maximum(density / moves, floor)
     cumulative = np.concatenate([[0.0], np.cumsum(0.5 * (rungs[1:] + rungs[:-1]) * width)])
     count = max(int(np.ceil(cumulative[-1])), 2)
@@ -238,7 +239,7 @@ def trajectory_length(confined: Vector, last: float, power: float) -> Vector:
     trajectory. Less where masses are a lower power of the mean precisions: most directions then turn faster.
     """
     share = np.clip(np.asarray(confined) / max(last, 1.0), 0.0, 1.0)
-    return np.asarray(0.5 * np.pi * (1.0 + (2.5 - 3.5 * (1.0 - power)) * share**4))
+    return np.asarray(0.5 * np.pi * (1.0 + (3.5 * power - 1.0) * share**4))
 
 
 def _smooth_work(survey: Survey, escort: float) -> tuple[Vector, Vector, Vector]:

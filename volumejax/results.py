@@ -11,15 +11,12 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from volumejax.chains import ChainTrace, Curve, LearningCoefficient
+from volumejax.chains import RAISE_EFFORT, ChainTrace, Curve, LearningCoefficient
 from volumejax.islands import IslandTrace
 from volumejax.spectrum import SpectrumTrace
 from volumejax.tree import is_traced
 
 __all__ = ["BoundKind", "Kind", "RayBatch", "Status", "VolumeEstimate", "last_estimate"]
-
-_RAISE = "raise effort"
-"""What helps chains that have not mixed."""
 
 
 class Status(enum.IntEnum):
@@ -216,9 +213,9 @@ class VolumeEstimate(eqx.Module):
         if kind is Kind.NOT_MIXED:
             says = " and ".join(self._passes(trace))
             above = ", together above what a probability can be" if self.log_mass > self.upper else ""
-            own.append((f"not mixed: {says}{_max_r_hat(trace)}{above}; only `lower` may be quoted", _RAISE))
+            own.append((f"not mixed: {says}{_max_r_hat(trace)}{above}; only `lower` may be quoted", RAISE_EFFORT))
         elif kind is Kind.LOWER_BOUND and trace.ended:
-            own.append(("a lower bound: on some rung every chain was lost at the wall", _RAISE))
+            own.append(("a lower bound: on some rung every chain was lost at the wall", RAISE_EFFORT))
         elif kind is Kind.LOWER_BOUND:
             own.append(("a lower bound: the heating pass that would show the bias has not ended", ""))
         said = {""}

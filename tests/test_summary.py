@@ -1,0 +1,66 @@
+"""What a tally is said to be worth, where its works are planted.
+
+Mutations these catch: levels that do not overlap taken for an estimate, a remark without its remedy or with it twice.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from volumejax.annealing import Record
+from volumejax.ensemble import Rung
+from volumejax.results import Kind
+from volumejax.summary import Plan, summarise
+from volumejax.tally import COOLING, HEATING, Tally
+
+CHAINS, LEVELS, BETAS = 8, 4, np.array([40.0, 20.0, 10.0])
+PLAN = Plan(cutoff=2.0, cutoffs=np.array([0.5, 2.0]), dimension=3, prior_term=-1.0, proper=True, region="connected")
+
+
+def ladder(precision, beta):
+    ones = np.ones(len(beta))
+    return Rung(
+        precision=precision * ones, beta=beta * ones, masses=ones[:, None], step_size=ones, spread=ones,
+        num_steps=ones, num_moves=ones, stretch=np.stack([ones, ones], axis=1),
+    )  # fmt: skip
+
+
+def record(rungs, lost):
+    """Visits with little work, but for what is lost between the second level and the third, on both ways."""
+    rng = np.random.default_rng(len(rungs))
+    shape = (len(rungs), CHAINS)
+    plain = {name: np.ones(shape) for name in Record._fields}
+    costs = rng.gamma(3.0, 0.05, shape)
+    works = {name: 0.1 * rng.normal(size=shape) for name in ("work_down", "work_up")}
+    works["work_down"][np.array(rungs) == 1] += lost
+    works["work_up"][np.array(rungs) == 2] += lost
+    extra = {name: rng.lognormal(size=(*shape, width)) for name, width in
+             (("leaf_squares", 1), ("stretchings", 2), ("rises", 2))}  # fmt: skip
+    once = {"square": rng.lognormal(size=shape), "permitted": np.ones(shape, bool), "non_finite": np.zeros(shape)}
+    return Record(**{**plain, **works, **extra, **once, "cost": costs, "reach": costs})
+
+
+def estimate_of(lost):
+    tally = Tally(
+        ladder(np.array([9.0, 9.0, 3.0, 1.0]), np.array([0.0, 20.0, 20.0, 20.0])), ladder(np.ones(3), BETAS), 1,
+        -7.0, CHAINS, 0.0,
+    )  # fmt: skip
+    down, up = list(range(LEVELS)), list(range(LEVELS - 1, 0, -1))
+    for which, rungs in ((COOLING, down), (HEATING, up)):
+        tally.add_kappa(which, rungs, record(rungs, lost))
+        tally.add_temperature(which, [0, 1, 2], record([0, 1, 2], 0.0), weighs=which == COOLING)
+    with jax.enable_x64(True):
+        return summarise(tally, PLAN, jnp.full(CHAINS, 0.1), 1000, 1.0, final=True)
+
+
+def test_passes_that_agree_across_a_gap_are_not_mixed():
+    estimate = estimate_of(50.0)
+    assert np.diff(estimate.hysteresis) == pytest.approx(0.0, abs=0.5)
+    assert estimate.kind == Kind.NOT_MIXED
+    assert "hardly overlap" in estimate.status and estimate.status.count("raise effort") == 1
+
+
+def test_passes_that_agree_on_levels_that_overlap_are_an_estimate():
+    estimate = estimate_of(0.0)
+    assert estimate.kind == Kind.ESTIMATE and "overlap" not in estimate.status
