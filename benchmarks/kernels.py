@@ -28,7 +28,7 @@ from volumejax.ensemble import Ensemble, Position, Rung
 from volumejax.frames import frame_of
 from volumejax.kernels import hmc
 from volumejax.ladder import trajectory_length
-from volumejax.metric import Metric, plain_metric
+from volumejax.metric import UNKNOWN, Metric, plain_metric
 from volumejax.parallel import local_mesh
 from volumejax.pilot import Pilot, fly
 from volumejax.tasks.digits import digits_task
@@ -60,7 +60,7 @@ def main() -> None:
         batch_size=None, mesh=local_mesh(CHAINS), on_progress=lambda _: None,
     )  # fmt: skip
     survey = pilot.survey
-    length = float(trajectory_length(survey.confined[-1:], survey.confined[-1], 1.0)[0])
+    length = float(trajectory_length(survey.confined[-1:], survey.confined[-1], UNKNOWN)[0])
     plain = plain_metric(task.params, turns=True)
     velocity_verlet, mclachlan = integrators.isokinetic_velocity_verlet, integrators.isokinetic_mclachlan
     jobs = [
@@ -88,7 +88,7 @@ def main() -> None:
 
 def with_power(pilot: Pilot, power: float) -> Metric:
     """Return the metric whose masses are that power of the mean precisions a + βc."""
-    return eqx.tree_at(lambda metric: metric.power, pilot.metric, jnp.float32(power))
+    return eqx.tree_at(lambda metric: metric.unevenness, pilot.metric, jnp.float32(1.0 + UNKNOWN - power))
 
 
 def own(ensemble: Ensemble, pilot: Pilot, metric: Metric, length: float, gradients: int) -> tuple:

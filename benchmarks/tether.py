@@ -182,6 +182,9 @@ def main() -> None:
     parser.add_argument("--beta-factor", type=float, default=1.0, help="multiplies the automatic inverse temperature")
     parser.add_argument("--only", default="", metavar="TEXT", help="problems whose name contains this")
     parser.add_argument("--escort", type=float, nargs="+", default=[1.0], help="0 for plain weights")
+    parser.add_argument(
+        "--decades", type=float, default=2.0, help="that the curve reaches below the cutoff; 0 for none"
+    )
     parser.add_argument("--mnist", metavar="FOLDER", help="where the IDX files are")
     arguments = parser.parse_args()
     # As the command-line program does: each core is a device, over which chains are spread.
@@ -205,7 +208,7 @@ def main() -> None:
                 made = vj.tether_volume(
                     jax.random.key(arguments.seed), job.cost, job.params, job.prior,
                     cutoff=job.cutoff, region=job.region, effort=effort, escort=escort, num_chains=chains,
-                    beta_factor=arguments.beta_factor, mesh=local_mesh(chains),
+                    beta_factor=arguments.beta_factor, decades=arguments.decades, mesh=local_mesh(chains),
                 )  # fmt: skip
                 off = "" if job.truth is None else f"{float(made.log_mass) - job.truth:+.2f}"
                 cells = (

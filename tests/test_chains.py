@@ -7,6 +7,7 @@ reference's own acceptance counted, a remark that always or never appears, axes 
 import dataclasses
 import math
 
+import equinox as eqx
 import numpy as np
 import pytest
 
@@ -15,6 +16,8 @@ from volumejax.chains import ChainTrace, Curve
 LEVELS, CHAINS, TEMPERATURES = 4, 6, 3
 EFFORT = "raise effort"
 SEPARATE = "the chains stay in separate parts of the region (R-hat between them 7.2)"
+MANY = {"log_weights": np.zeros(16)}
+ACCEPTANCE = {"acceptance": np.array([[np.nan, 0.5, 0.03, 0.5]] * 2)}
 COLDER = "β is 0.85 of the one at which the mean cost is the cutoff"
 
 
@@ -27,24 +30,36 @@ def test_the_slope_of_a_power_law_is_its_power():
 
 
 def test_scalars_are_the_worst_levels(make_trace):
-    assert make_trace().scalars() == {
-        "num_chains": CHAINS,
-        "gradients": 1200,
-        "max_r_hat": 1.2,
-        "separation": 1.1,
-        "standstill": 0.01,
-        "min_acceptance": 0.7,
-        "min_overlap": 0.5,
-        "integrated": -3.5,
-        "non_finite": 0.0,
-        "progress": 1.0,
-    }
+    assert make_trace().scalars() == pytest.approx(
+        {
+            "num_chains": CHAINS,
+            "gradients": 1200,
+            "max_r_hat": 1.2,
+            "separation": 1.1,
+            "standstill": 0.01,
+            "shortfall": 0.2,
+            "min_acceptance": 0.7,
+            "min_overlap": 0.5,
+            "integrated": -3.5,
+            "non_finite": 0.0,
+            "progress": 1.0,
+        }
+    )
 
 
 def test_the_reference_is_drawn_and_does_not_count_as_moves(make_trace):
     acceptance = np.full((2, LEVELS), 0.6)
     acceptance[:, 0], acceptance[1, 2] = 0.0, 0.3
-    assert make_trace(acceptance=acceptance).least_acceptance == 0.3
+    assert make_trace(acceptance=acceptance, **MANY).least_acceptance == 0.3
+
+
+@pytest.mark.parametrize(("still", "least"), [(1, 0.525), (4, 0.3), (8, 0.0), (20, 0.0)])
+def test_single_moves_of_few_chains_that_are_refused_do_not_count_as_standing_still(make_trace, still, least):
+    """Of two chains, eight levels together are judged."""
+    acceptance = np.full((2, 100), 0.6)
+    acceptance[:, 0], acceptance[1, 50 : 50 + still] = np.nan, 0.0
+    trace = eqx.tree_at(lambda t: t.acceptance, make_trace(log_weights=np.zeros(2)), acceptance)
+    np.testing.assert_allclose(trace.least_acceptance, least, atol=1e-12)
 
 
 def test_what_was_not_visited_is_nan(make_trace):
@@ -61,8 +76,8 @@ def test_what_was_not_visited_is_nan(make_trace):
         ({}, None, ""),
         ({"progress": np.array(0.37)}, "stopped at 37 % of the planned work", ""),
         ({"non_finite": np.array(0.004)}, "0.4 % of trajectories met a NaN or infinite cost", ""),
-        ({"acceptance": np.array([[np.nan, 0.5, 0.03, 0.5]] * 2)}, "acceptance falls to 0.03 on some level", EFFORT),
-        ({"acceptance": np.array([[np.nan, 0.5, 0.06, 0.5]] * 2)}, None, ""),
+        (ACCEPTANCE | MANY, "acceptance falls to 0.03 on some level", EFFORT),
+        ({"acceptance": np.array([[np.nan, 0.5, 0.06, 0.5]] * 2)} | MANY, None, ""),
         ({"separation": np.array(7.25)}, SEPARATE, ""),
         ({"separation": np.array(2.0)}, None, ""),
         ({"overlap": np.array([0.9, 2e-5, 0.6])}, "neighbouring levels hardly overlap (2e-05)", EFFORT),
@@ -70,6 +85,8 @@ def test_what_was_not_visited_is_nan(make_trace):
         ({"separation": np.array(np.nan)}, None, ""),
         ({"standstill": np.array(0.24)}, "chains stood still for 24 % of their way", EFFORT),
         ({"standstill": np.array(0.04)}, None, ""),
+        ({"shortfall": np.array(5.25)}, "the chains end 5.2 standard deviations below the cutoff", EFFORT),
+        ({"shortfall": np.array(1.0)}, None, ""),
         ({"betas": np.array([300.0, 85.0, 100.0])}, COLDER, "raise beta_factor"),
         ({"betas": np.array([300.0, 200.0, 100.0])}, None, ""),
     ],
@@ -93,5 +110,14 @@ def test_labelled_arrays_have_the_axes_that_they_name(make_trace):
     for axes, values in labelled.values():
         assert values.shape == tuple(lengths[axis] for axis in axes)
     whole = {field.name for field in dataclasses.fields(ChainTrace)}
-    scalars = {"integrated", "integrated_virial", "separation", "standstill", "gradients", "non_finite", "progress"}
+    scalars = {
+        "integrated",
+        "integrated_virial",
+        "separation",
+        "standstill",
+        "shortfall",
+        "gradients",
+        "non_finite",
+        "progress",
+    }
     assert set(labelled) == whole - scalars

@@ -1,14 +1,15 @@
 """Bennett's ratio, overlaps and reweighted masses, on works and samples whose free energies are known.
 
 Mutations these catch: a forgotten log(n_F/n_B), works of one side with the wrong sign, misses dropped instead of
-counted, NaN counted as a miss, reweighting without the counts, cumulation in the order of costs instead of reaches.
+counted, NaN counted as a miss, reweighting without the counts, cumulation in the order of costs instead of reaches,
+masses that hang on the one sample nearest to the cutoff.
 """
 
 import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import special, stats
 
 from volumejax.free_energy import acceptance_ratio, log_total_mass, overlap
 
@@ -194,3 +195,19 @@ def test_a_mass_without_a_normaliser_is_not_known():
         np.array([0.1]), np.array([0.1]), np.ones(1), np.ones(1), np.array([np.inf]), np.array([0.5])
     )
     assert np.isnan(unknown).all()
+
+
+@pytest.mark.parametrize("confined", [100.0, 2000.0, 5e5])
+def test_the_mass_does_not_hang_on_the_sample_nearest_to_the_cutoff(confined):
+    """The energy is Gamma-distributed behind the wall; 48 visits of four chains, as few as a run has."""
+    rng, betas = np.random.default_rng(3), np.array([confined])
+    inside = stats.gamma.cdf(confined, confined)
+    exact = confined * np.log(1.0) - np.log(confined)
+    log_z = np.atleast_1d(special.gammaln(confined) - confined * np.log(confined) + np.log(inside))
+    errors = []
+    for _ in range(40):
+        costs = stats.gamma.ppf(inside * rng.uniform(size=192), confined) / confined
+        mass = log_total_mass(costs, costs, betas, np.array([192.0]), log_z, np.ones(1))[0]
+        errors.append(mass - exact)
+    assert np.std(errors) < 0.3
+    assert abs(np.mean(errors)) < 0.15

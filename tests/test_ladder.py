@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from volumejax.ladder import Survey, best_shares, kappa_ladder, temperature_ladder, trajectory_length
+from volumejax.metric import UNKNOWN
 
 STOPS, TABLE, LEAVES = 41, 64, 2
 MOST_STEPS = 400
@@ -35,7 +36,7 @@ def survey_of(spread_of_slope, *, covariance=0.0, bottom=0.0, step_size=0.3, con
         stretching=[leafwise(stretching) for _ in x],
         leaf_variance=np.stack([np.exp(-x), 0.01 * np.exp(-x)], axis=1),
         leaf_sizes=np.array([30.0, 10.0]),
-        power=1.0,
+        unevenness=UNKNOWN,
         step_size=np.full(STOPS, step_size),
         spread=np.full(STOPS, 0.4),
         room=[np.full((1, TABLE), 1.0) for _ in x],
@@ -45,7 +46,6 @@ def survey_of(spread_of_slope, *, covariance=0.0, bottom=0.0, step_size=0.3, con
         inside=np.ones(STOPS),
         beta=500.0,
         natural_beta=200.0,
-        anchor_cost=0.0,
         least_spread=0.0,
         ends_flat=ends_flat,
     )
@@ -93,10 +93,16 @@ def test_a_work_that_ends_between_two_stops_is_feared_up_to_the_second():
 
 
 def test_trajectories_lengthen_as_the_cost_confines_and_less_where_masses_are_more_alike():
-    lengths = trajectory_length(np.array([0.0, 50.0, 100.0]), 100.0, 1.0) / (0.5 * np.pi)
+    lengths = trajectory_length(np.array([0.0, 50.0, 100.0]), 100.0, 0.25) / (0.5 * np.pi)
     np.testing.assert_allclose(lengths, [1.0, 1.0 + 2.5 / 16.0, 3.5])
-    half = trajectory_length(np.array([0.0, 100.0]), 100.0, 0.5) / (0.5 * np.pi)
+    half = trajectory_length(np.array([0.0, 100.0]), 100.0, 0.75) / (0.5 * np.pi)
     np.testing.assert_allclose(half, [1.0, 1.75])
+
+
+@pytest.mark.parametrize("unevenness", [0.0, -0.01])
+def test_trajectories_stay_short_where_the_curvature_is_the_same_everywhere(unevenness):
+    lengths = trajectory_length(np.array([0.0, 50.0, 100.0]), 100.0, unevenness)
+    np.testing.assert_allclose(lengths, 0.5 * np.pi)
 
 
 def test_the_ladder_goes_from_the_reference_down_to_the_prior():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from volumejax.metric import fit_metric, plain_metric
+from volumejax.metric import UNKNOWN, fit_metric, mass_power, plain_metric
 
 ROWS, COLUMNS, SAMPLES = 20, 15, 4000
 BETA, PRECISION = 50.0, 2.0
@@ -84,16 +84,22 @@ def uneven(spread, samples=4000):
     return (scale * rng.normal(size=scale.shape)).astype(np.float32)
 
 
-def power_of(*slopes, yields=True):
+def unevenness_of(*slopes, settled=True):
     betas = np.full(len(slopes[0]), BETA)
-    return float(fit_metric(list(slopes), betas, PRECISION, turns=False, yields=yields).power)
+    return float(fit_metric(list(slopes), betas, PRECISION, turns=False, settled=settled).unevenness)
 
 
 @pytest.mark.parametrize(("spread", "power"), [(0.0, 1.0), (0.4, 1.0), (0.6, 2.25 - np.exp(0.36)), (1.5, 0.5)])
 def test_masses_follow_an_uneven_curvature_less(spread, power):
     # A coordinate is a part of the leaf of 300 that its forces are set against, which takes 3 per cent of the ratio.
-    np.testing.assert_allclose(power_of(uneven(spread)), power, rtol=0.06)
-    assert power_of(uneven(spread), yields=False) == 1.0
+    np.testing.assert_allclose(mass_power(unevenness_of(uneven(spread))), power, rtol=0.06)
+    np.testing.assert_allclose(unevenness_of(uneven(spread), settled=False), UNKNOWN)
+    assert mass_power(UNKNOWN) == 1.0
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 0.6])
+def test_unevenness_is_the_relative_variance_of_the_curvature(spread):
+    np.testing.assert_allclose(1.0 + unevenness_of(uneven(spread)), np.exp(spread**2), rtol=0.05)
 
 
 def test_coordinates_that_the_cost_leaves_free_do_not_tell_how_uneven_it_is():
@@ -101,20 +107,20 @@ def test_coordinates_that_the_cost_leaves_free_do_not_tell_how_uneven_it_is():
     rng = np.random.default_rng(7)
     rare = rng.uniform(size=(1000, 30, 30)) < 0.01
     idle = (1e-4 * rare * rng.normal(size=rare.shape)).astype(np.float32)
-    assert power_of(uneven(0.0, 1000), idle) == 1.0
-    assert power_of(uneven(0.0, 1000), 1e6 * idle) == 0.5
+    assert abs(unevenness_of(uneven(0.0, 1000), idle)) < 0.02
+    assert unevenness_of(uneven(0.0, 1000), 1e6 * idle) > 1.0
 
 
 def test_a_leaf_that_is_stiff_or_soft_as_a_whole_is_not_uneven():
     scale = np.exp(np.random.default_rng(8).normal(size=(1000, 1, 1))).astype(np.float32)
-    assert power_of(scale * uneven(0.0, 1000)) == 1.0
+    assert abs(unevenness_of(scale * uneven(0.0, 1000))) < 0.05
 
 
 @pytest.mark.parametrize("power", [1.0, 0.7, 0.5])
 def test_masses_of_any_power_leave_chains_as_far_to_go(planted, power):
     *_, slopes = planted
     metric = fit_metric([slopes], np.full(SAMPLES, BETA), PRECISION, turns=True)
-    metric = eqx.tree_at(lambda m: m.power, metric, jnp.float32(power))
+    metric = eqx.tree_at(lambda m: m.unevenness, metric, jnp.float32(1.0 + UNKNOWN - power))
     scene = (jnp.ones(1), jnp.float32(PRECISION), jnp.float32(BETA), [slopes[0]])
     (masses,), (precisions,) = metric.masses(*scene), metric.precisions(*scene)
     np.testing.assert_allclose(np.sum(1.0 / masses), np.sum(1.0 / precisions), rtol=1e-4)

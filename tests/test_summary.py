@@ -1,7 +1,10 @@
 """What a tally is said to be worth, where its works are planted.
 
-Mutations these catch: levels that do not overlap taken for an estimate, a remark without its remedy or with it twice.
+Mutations these catch: levels that do not overlap, an error without end or chains that end far below the cutoff taken
+for an estimate, a remark without its remedy or with it twice.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,7 @@ from volumejax.summary import Plan, summarise
 from volumejax.tally import COOLING, HEATING, Tally
 
 CHAINS, LEVELS, BETAS = 8, 4, np.array([40.0, 20.0, 10.0])
-PLAN = Plan(cutoff=2.0, cutoffs=np.array([0.5, 2.0]), dimension=3, prior_term=-1.0, proper=True, region="connected")
+PLAN = Plan(cutoff=0.3, cutoffs=np.array([0.1, 0.3]), dimension=3, prior_term=-1.0, proper=True, region="connected")
 
 
 def ladder(precision, beta):
@@ -41,24 +44,46 @@ def record(rungs, lost):
     return Record(**{**plain, **works, **extra, **once, "cost": costs, "reach": costs})
 
 
-def estimate_of(lost):
+def estimate_of(lost, *, reference=-7.0, plan=PLAN, chains=CHAINS, apart=0.0, missed=()):
+    """Of passes that are so far apart in all, and of which one chain's image is outside where `missed` says so."""
     tally = Tally(
         ladder(np.array([9.0, 9.0, 3.0, 1.0]), np.array([0.0, 20.0, 20.0, 20.0])), ladder(np.ones(3), BETAS), 1,
-        -7.0, CHAINS, 0.0,
+        reference, chains, 0.0,
     )  # fmt: skip
     down, up = list(range(LEVELS)), list(range(LEVELS - 1, 0, -1))
-    for which, rungs in ((COOLING, down), (HEATING, up)):
-        tally.add_kappa(which, rungs, record(rungs, lost))
-        tally.add_temperature(which, [0, 1, 2], record([0, 1, 2], 0.0), weighs=which == COOLING)
+    for which, rungs, sign in ((COOLING, down, 1.0), (HEATING, up, -1.0)):
+        seen = record(rungs, lost)
+        seen.work_down[rungs.index(2)] += sign * apart
+        seen.work_up[rungs.index(3)] -= sign * apart
+        if which in missed:
+            seen.work_down[rungs.index(2), 0] = np.inf
+        seen, temperatures = (Record(*(x[:, :chains] for x in part)) for part in (seen, record([0, 1, 2], 0.0)))
+        tally.add_kappa(which, rungs, seen)
+        tally.add_temperature(which, [0, 1, 2], temperatures, weighs=which == COOLING)
     with jax.enable_x64(True):
-        return summarise(tally, PLAN, jnp.full(CHAINS, 0.1), 1000, 1.0, final=True)
+        return summarise(tally, plan, jnp.full(chains, 0.1), 1000, 1.0, final=True)
 
 
-def test_passes_that_agree_across_a_gap_are_not_mixed():
-    estimate = estimate_of(50.0)
+@pytest.mark.parametrize("reference", [-7.0, -7000.0])
+def test_passes_that_agree_across_a_gap_are_not_mixed(reference):
+    """However large the answer: the error knows nothing of the gap."""
+    estimate = estimate_of(50.0, reference=reference)
     assert np.diff(estimate.hysteresis) == pytest.approx(0.0, abs=0.5)
     assert estimate.kind == Kind.NOT_MIXED
     assert "hardly overlap" in estimate.status and estimate.status.count("raise effort") == 1
+
+
+def test_an_error_without_end_is_no_estimate():
+    """Of two chains one is lost at a level: without the other nothing is known there, and chance explains all."""
+    estimate = estimate_of(0.0, chains=2, apart=100.0, missed=(COOLING, HEATING))
+    assert estimate.kind == Kind.NOT_MIXED
+    assert estimate_of(0.0, chains=2, missed=(COOLING, HEATING)).kind == Kind.NOT_MIXED
+
+
+def test_chains_that_end_far_below_the_cutoff_are_not_mixed():
+    estimate = estimate_of(0.0, plan=dataclasses.replace(PLAN, cutoff=2.0))
+    assert estimate.kind == Kind.NOT_MIXED
+    assert "standard deviations below the cutoff" in estimate.status
 
 
 def test_passes_that_agree_on_levels_that_overlap_are_an_estimate():

@@ -257,6 +257,25 @@ def test_a_standstill_is_the_longest_unbroken_stretch(make_tally):
         np.testing.assert_allclose(tally.standstill(), share / CHAINS)
 
 
+@pytest.mark.parametrize(("centre", "expected"), [(1.0, 0.0), (0.9, 0.0), (0.7, 3.8), (0.2, 12.5)])
+def test_a_shortfall_is_how_far_the_costs_end_below_the_cutoff(make_tally, centre, expected):
+    """Three nats are bridged by weights; costs evenly spread over a fifth of the cutoff, at β = 50 in the end."""
+    tally = make_tally()
+    tally.temperature = ladder(np.ones(2), np.array([100.0, 50.0]))
+    costs = np.linspace(centre - 0.1, centre + 0.1, 10 * CHAINS).reshape(10, CHAINS)
+    tally.temperature_seen = [(COOLING, rung, {"reach": row - rung + 1.0}) for row in costs for rung in (0, 1)]
+    np.testing.assert_allclose(tally.shortfall(1.0), expected, atol=0.2)
+
+
+def test_a_weight_that_is_lost_stays_lost(make_tally):
+    """A chain drawn outside may have an infinite cost and an image inside: no work of −∞ brings it back."""
+    tally = make_tally()
+    seen = record(list(range(LEVELS)), KAPPA_STEPS, np.full((LEVELS, CHAINS), 0.1))
+    seen.work_down[0, 0], seen.work_down[1, 0], seen.work_down[2, 0] = np.inf, -np.inf, np.nan
+    tally.add_kappa(COOLING, list(range(LEVELS)), seen)
+    assert np.isneginf(tally.log_weights[0]) and np.all(np.isfinite(tally.log_weights[1:]))
+
+
 def test_where_every_chain_is_lost_the_bound_is_that_of_the_tether_they_came_by(make_tally):
     """All images of the last but one rung lie outside; until then each chain's weight is known exactly."""
     tally = make_tally()

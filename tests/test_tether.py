@@ -80,6 +80,33 @@ def test_flat_priors_with_walls_give_the_share_of_the_ball_or_box():
 
 
 @pytest.mark.slow
+def test_walls_of_the_prior_are_not_taken_for_that_of_the_cost():
+    """Chains feel the box in 120 free directions: a λ that is corrected for it is five times too large."""
+    confined = reference.ellipsoid(np.ones(20), cutoff=0.01)
+    truth = confined.log_mass - 20 * np.log(2.0)
+    for seed in range(3):
+        box = vj.tether_volume(
+            jax.random.key(seed), lambda w: confined.cost(w[:20]), jnp.zeros(140), vj.UniformBox(-1.0, 1.0),
+            cutoff=0.01, effort=0.1, num_chains=8,
+        )  # fmt: skip
+        check(box, truth, cap=1.0, gap=20.0)
+        assert box.trace.shortfall < 1.0
+        np.testing.assert_allclose(box.trace.betas[-1] * 0.01, 10.0, rtol=0.2)
+
+
+@pytest.mark.slow
+def test_an_anchor_half_way_up_the_cost_gives_the_same():
+    problem = reference.quadratic(np.ones(20), cutoff=0.01)
+    for seed in range(3):
+        away = np.random.default_rng(seed).normal(size=20)
+        anchor = jnp.asarray(0.1 * away / np.linalg.norm(away), jnp.float32)
+        estimate = vj.tether_volume(
+            jax.random.key(seed), problem.cost, anchor, problem.prior, cutoff=problem.cutoff, effort=0.05
+        )
+        check(estimate, problem.log_mass)
+
+
+@pytest.mark.slow
 def test_a_thousand_dimensions():
     problem = reference.quadratic(np.ones(1000), cutoff=0.5)
     for seed in range(3):
@@ -230,6 +257,7 @@ def test_misuse_is_one_line_before_any_work():
     cases = {
         "cutoff must be a positive": ((cost, anchor, prior), {"cutoff": 0.0}),
         "not within the cutoff": ((cost, jnp.ones(3), prior), {"cutoff": 0.1}),
+        "is the cutoff itself": ((cost, jnp.array([1.0, 0.0, 0.0]), prior), {"cutoff": 0.5}),
         "effort must be": ((cost, anchor, prior), {"cutoff": 0.1, "effort": 0.0}),
         "escort must lie": ((cost, anchor, prior), {"cutoff": 0.1, "escort": 2.0}),
         "num_chains must be": ((cost, anchor, prior), {"cutoff": 0.1, "num_chains": 1}),

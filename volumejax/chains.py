@@ -5,6 +5,7 @@ import math
 import equinox as eqx
 import numpy as np
 from jaxtyping import Array, Float, Int
+from numpy.lib.stride_tricks import sliding_window_view
 
 __all__ = ["ChainTrace", "Curve", "LearningCoefficient"]
 
@@ -15,10 +16,14 @@ MOST_SEPARATION = 3.0
 """R-hat over chains from which on they are taken not to meet: slow mixing alone gives up to 2."""
 LEAST_OVERLAP = 1e-3
 """Overlap of two neighbouring levels from which on they are bridged; it is 0.3 and more where all is well."""
+MOST_SHORTFALL = 2.0
+"""Standard deviations of the cost by which chains may stay below the cutoff at the last temperature."""
 MOST_STANDSTILL = 0.05
 """Share of their way over which chains may be held in one place unmentioned."""
 RAISE_EFFORT = "raise effort"
 """The remedy for chains that have not mixed, in the same words wherever it is given, so that it is said once."""
+_ENOUGH_CHAINS = 16
+"""Whose mean acceptance says that chains hardly move; single trajectories of a good run are refused too."""
 MOST_R_HAT, LEAST_ESS = 1.05, 100
 """Of the cost's chains, for a learning coefficient to be quoted."""
 
@@ -155,6 +160,9 @@ class ChainTrace(eqx.Module):
     standstill: Float[Numbers, ""]
     """Share of a pass's gradients in the longest stretch over which a chain's long trajectories were all refused; the
     mean over chains, of the worse pass."""
+    shortfall: Float[Numbers, ""]
+    """Standard deviations of the cost by which its upper tenth lies below the cutoff at the last temperature, 0 where
+    that is within reach of weights; NaN before."""
     work_std: Float[Numbers, "gaps"]
     log_weights: Float[Numbers, "chains"]
     """Annealing weights of the cooling chains, each at most the mass in expectation."""
@@ -188,9 +196,11 @@ class ChainTrace(eqx.Module):
 
     @property
     def least_acceptance(self) -> float:
-        """The smallest acceptance of any level."""
-        seen = np.asarray(self.acceptance)[:, 1:]
-        return float(np.nanmin(seen)) if np.isfinite(seen).any() else math.nan
+        """The smallest acceptance of any level, or of as many neighbours as have enough chains to judge by."""
+        known = [each[np.isfinite(each)] for each in np.asarray(self.acceptance)[:, 1:]]
+        width = math.ceil(_ENOUGH_CHAINS / self.num_chains)
+        means = [np.mean(sliding_window_view(each, min(width, each.size)), axis=1) for each in known if each.size]
+        return float(np.min(np.concatenate(means))) if means else math.nan
 
     @property
     def least_overlap(self) -> float:
@@ -211,6 +221,7 @@ class ChainTrace(eqx.Module):
             "max_r_hat": self.slowest,
             "separation": float(self.separation),
             "standstill": float(self.standstill),
+            "shortfall": float(self.shortfall),
             "min_acceptance": self.least_acceptance,
             "min_overlap": self.least_overlap,
             "integrated": float(self.integrated),
@@ -250,6 +261,9 @@ class ChainTrace(eqx.Module):
             still = f"chains stood still for {100 * self.standstill:.0f} % of their way"
             held = "held in narrow places or at the wall, which sets the passes apart"
             remarks.append((f"{still}, {held}", RAISE_EFFORT))
+        if self.shortfall > MOST_SHORTFALL:
+            below = f"the chains end {self.shortfall:.1f} standard deviations below the cutoff"
+            remarks.append((f"{below}: nothing tells how much lies between", RAISE_EFFORT))
         if (share := float(np.min(self.betas) / self.betas[-1])) < 1.0:
             # The temperatures end where the mean cost is the cutoff, the warmest of them unless the chains ran warmer.
             colder = f"β is {share:.2g} of the one at which the mean cost is the cutoff: chains press on the wall"

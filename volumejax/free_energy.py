@@ -9,6 +9,12 @@ __all__ = ["acceptance_ratio", "log_mixture", "log_total_mass", "overlap", "rati
 Vector = NDArray[np.float64]
 _ROUNDS, _CLOSE = 100, 1e-11
 """Steps at most, and the relative length of the last one."""
+_NEAREST, _NEAREST_SHARE = 24, 8
+"""Samples nearest below a cutoff whose density counts: so many, or this part of all below it."""
+_STEEP, _POINTS = 3.0, 65
+"""Nats by which weights rise over these for it to count, and points at which the weights are taken."""
+_UNEVEN = 4.0
+"""By how many roots of them the samples just before may be more or fewer."""
 
 
 def acceptance_ratio(forward: Vector, backward: Vector, guess: Vector | None = None) -> Vector:
@@ -115,6 +121,10 @@ def log_total_mass(
         log_z: log normalisers, shape (rungs,).
         cutoffs: ε, shape (cutoffs,).
 
+    Where the cost confines many directions, only samples within a nat or so of the cutoff count, and there may be none.
+    Then they are taken to be as evenly spread there as the nearest of them are on the whole, if their density does not
+    change over twice that distance: it is smooth on the scale of their scatter, which is far larger.
+
     Returns:
         Log measures, shape (cutoffs,); −inf where no sample lies within, NaN where no normaliser is known.
 
@@ -126,4 +136,25 @@ def log_total_mass(
     order = np.argsort(reaches)
     log_cumulative = np.logaddexp.accumulate(-log_density[order])
     places = np.searchsorted(reaches[order], cutoffs, side="right")
-    return np.where(places > 0, log_cumulative[np.maximum(places, 1) - 1], -np.inf)
+    masses = np.where(places > 0, log_cumulative[np.maximum(places, 1) - 1], -np.inf)
+    if not np.array_equal(costs, reaches):
+        return masses
+    for i, (place, cutoff) in enumerate(zip(places, cutoffs, strict=True)):
+        nearest = max(_NEAREST, place // _NEAREST_SHARE)
+        if place > nearest:
+            low = float(np.mean(reaches[order[place - nearest - 1 : place - nearest + 1]]))
+            before = place - nearest - np.searchsorted(reaches[order], 2.0 * low - cutoff)
+            grid = np.linspace(low, cutoff, _POINTS)
+            log_weights = -log_mixture(grid, betas, counts, log_z)
+            if log_weights[-1] - log_weights[0] > _STEEP and abs(before - nearest) < _UNEVEN * np.sqrt(nearest):
+                even = np.log(nearest / (cutoff - low)) + _log_integral(log_weights, grid)
+                masses[i] = np.logaddexp(log_cumulative[place - nearest - 1], even)
+    return masses
+
+
+def _log_integral(logs: Vector, x: Vector) -> float:
+    """Return log ∫ e^logs dx, the logs linear between the points."""
+    rises, widths = np.diff(logs), np.diff(x)
+    steep = np.abs(rises) > 1e-6
+    means = np.where(steep, np.expm1(rises) / np.where(steep, rises, 1.0), 1.0)
+    return float(logsumexp(logs[:-1] + np.log(means * widths)))

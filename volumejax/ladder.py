@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from volumejax.ensemble import SHORT, Rung, trajectories
+from volumejax.metric import mass_power
 
-__all__ = ["Survey", "best_shares", "kappa_ladder", "temperature_ladder"]
+__all__ = ["Survey", "best_shares", "kappa_ladder", "temperature_ladder", "trajectory_length"]
 
 Vector = NDArray[np.float64]
 
@@ -42,6 +43,8 @@ _DIRECT = 6
 """Lags from which on autocorrelations are summed rather than extrapolated from the first."""
 _LARGEST_STEP = 0.7
 """In x: beyond that a ladder is guesswork."""
+_BENT = 0.15
+"""Unevenness of the curvature that tells a region with bends."""
 _CLIFF = 4.0
 """Factor by which a variance is believed to fall from one stop to the next."""
 _LARGEST_WORK = 2.0
@@ -58,7 +61,7 @@ class Survey:
         stretching: B of each leaf, plain and by softness, likewise with a last axis of 2 · leaves.
         leaf_variance: mean square of each leaf's δ, shape (stops, leaves).
         leaf_sizes: coordinates of each leaf.
-        power: of the mean precisions, that the masses are.
+        unevenness: of the curvature, from the metric.
         step_size: step that gave the wanted acceptance.
         spread: over how many e-folds steps have to be spread so that no chain is stuck.
         room: by how much each chain stayed below the cutoff, nats, likewise without the leaves.
@@ -68,7 +71,6 @@ class Survey:
         inside: share of trajectories that the region allowed, where no one map fits all of it; else 1.
         beta: inverse temperature of the κ ladder.
         natural_beta: where the mean cost is the cutoff.
-        anchor_cost: C(θ0).
         least_spread: e-folds over which steps are spread at least.
         ends_flat: whether the ladder ends at a = 0.
     """
@@ -78,7 +80,7 @@ class Survey:
     stretching: list[Vector]
     leaf_variance: Vector
     leaf_sizes: Vector
-    power: float
+    unevenness: float
     step_size: Vector
     spread: Vector
     room: list[Vector]
@@ -88,7 +90,6 @@ class Survey:
     inside: Vector
     beta: float
     natural_beta: float
-    anchor_cost: float
     least_spread: float
     ends_flat: bool
 
@@ -125,7 +126,7 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
     # Of ½ a|δ|² the maps take the part that they stretch.
     squares = survey.leaf_variance * survey.leaf_sizes
     share = np.sum(shares * np.tile(squares, 2), axis=1) / np.sum(squares, axis=1)
-    lengths = trajectory_length(survey.confined, survey.confined[-1], survey.power)
+    lengths = trajectory_length(survey.confined, survey.confined[-1], survey.unevenness)
     steps = np.clip(np.ceil(lengths / survey.typical_step), 2, most_steps)
     high, low = survey.x[0], survey.x[-1]
     grid = np.linspace(high, low, 2000)
@@ -231,15 +232,17 @@ def temperature_ladder(survey: Survey, *, decades: float, most_steps: int, budge
     ), above
 
 
-def trajectory_length(confined: Vector, last: float, power: float) -> Vector:
+def trajectory_length(confined: Vector, last: float, unevenness: float) -> Vector:
     """Return how long trajectories are, in units of the free directions' angular period over 2π.
 
-    A quarter period where the ensemble is nearly Gaussian, up to three and a half quarters where the region's bends
-    make it softer than the prior: on the digits network the slowest modes then lose most of their memory in one
-    trajectory. Less where masses are a lower power of the mean precisions: most directions then turn faster.
+    A quarter period where the ensemble is nearly Gaussian, or the curvature is the same everywhere; up to three and a
+    half quarters where the region's bends make it softer than the prior: on the digits network the slowest modes then
+    lose most of their memory in one trajectory. Less where masses are a lower power of the mean precisions: most
+    directions then turn faster.
     """
     share = np.clip(np.asarray(confined) / max(last, 1.0), 0.0, 1.0)
-    return np.asarray(0.5 * np.pi * (1.0 + (3.5 * power - 1.0) * share**4))
+    bent = np.clip(unevenness / _BENT, 0.0, 1.0)
+    return np.asarray(0.5 * np.pi * (1.0 + (3.5 * float(mass_power(unevenness)) - 1.0) * bent * share**4))
 
 
 def _smooth_work(survey: Survey, escort: float) -> tuple[Vector, Vector, Vector]:

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, PyTree
 from numpy.typing import NDArray
 from scipy.special import polygamma
 
-__all__ = ["Metric", "fit_metric", "plain_metric"]
+__all__ = ["UNKNOWN", "Metric", "fit_metric", "mass_power", "plain_metric"]
 
 _LARGEST_SIDE = 512
 """Sides of a matrix up to this length are rotated; a longer one would cost more than the gradient."""
@@ -36,8 +36,9 @@ _FLOOR = 0.1
 """Share of a leaf's own stiffness, as its spread tells it, that every coordinate has at least."""
 _AGREES = 4.0
 """Factor by which a leaf may be wider or narrower than its curvature says, against all others, and not be rescaled."""
-_EVEN, _LEAST_POWER = 1.25, 0.5
-"""Peakedness of the forces from which on the power of the masses falls, by as much as that rises, and where it ends."""
+UNKNOWN, _LEAST_POWER = 0.25, 0.5
+"""Unevenness that is taken where it has not been measured, from which on the power of the masses falls by as much as it
+rises, and where that ends."""
 _FELT = 0.1
 """Share of the prior's and tether's precision from which on a coordinate's curvature counts as felt."""
 _CORRELATED = 4.0
@@ -54,8 +55,9 @@ class Metric(eqx.Module):
     """Mean of the second derivatives of C in the whitened, turned coordinates; leaves' shapes, float32."""
     beta: Float[Array, ""]
     """β at which it was fitted, float32."""
-    power: Float[Array, ""]
-    """Of the mean precisions, that gives the masses, float32: 1 where they are the same everywhere, less where not."""
+    unevenness: Float[Array, ""]
+    """Var k / (E k)² of the curvatures k that a direction has from place to place, the mean over directions that the
+    cost confines, float32: 0 for a quadratic cost."""
 
     def turned(self, vector: PyTree) -> PyTree:
         """Return the coordinates of `vector` in the bases of its leaves."""
@@ -66,7 +68,7 @@ class Metric(eqx.Module):
         return self._apply(vector, transpose=False)
 
     def masses(self, stiffness: Float[Array, "leaves"], precision: Array, beta: Array, like: PyTree) -> PyTree:
-        """Return each coordinate's mass: its mean precision to the `power`, in the unit that keeps Σ 1/m.
+        """Return each coordinate's mass: its mean precision to the `mass_power`, in the unit that keeps Σ 1/m.
 
         Args:
             stiffness: one over the mean square of a leaf's coordinates.
@@ -75,9 +77,10 @@ class Metric(eqx.Module):
             like: gives the structure.
         """
         means, scales = self._means(stiffness, precision, beta)
-        powers = [mean**self.power for mean in means]
+        power = mass_power(self.unevenness)
+        powers = [mean**power for mean in means]
         unit = _inverse_sum(powers) / _inverse_sum(means)
-        masses = [unit * scale * power for scale, power in zip(scales, powers, strict=True)]
+        masses = [unit * scale * raised for scale, raised in zip(scales, powers, strict=True)]
         return jax.tree.unflatten(jax.tree.structure(like), masses)
 
     def precisions(self, stiffness: Float[Array, "leaves"], precision: Array, beta: Array, like: PyTree) -> PyTree:
@@ -116,6 +119,11 @@ class Metric(eqx.Module):
         )
 
 
+def mass_power(unevenness: Float[Array, ""] | float) -> Float[Array, ""]:
+    """Return the power of the mean precisions that the masses are: 1 where they are much the same everywhere."""
+    return jnp.clip(1.0 + UNKNOWN - unevenness, _LEAST_POWER, 1.0)
+
+
 def plain_metric(params: PyTree, *, turns: bool) -> Metric:
     """Return the metric that knows only the leaves' scales, with the same structure as a fitted one."""
     shapes = [jnp.shape(x) for x in jax.tree.leaves(params)]
@@ -126,12 +134,12 @@ def plain_metric(params: PyTree, *, turns: bool) -> Metric:
         right=right,
         curvature=[_on_device(np.zeros(shape)) for shape in shapes],
         beta=_on_device(np.ones(())),
-        power=_on_device(np.ones(())),
+        unevenness=_on_device(np.asarray(UNKNOWN)),
     )
 
 
 def fit_metric(
-    slopes: list[NDArray[np.float32]], betas: NDArray, precision: float, *, turns: bool, yields: bool = False
+    slopes: list[NDArray[np.float32]], betas: NDArray, precision: float, *, turns: bool, settled: bool = False
 ) -> Metric:
     """Fit the metric to gradients of C in whitened coordinates.
 
@@ -140,7 +148,7 @@ def fit_metric(
         betas: inverse temperature at which each sample was taken, shape (samples,).
         precision: a where they were taken.
         turns: False keeps the parameters' own basis, as the walls of a box demand.
-        yields: whether the masses follow the mean curvature the less, the more unevenly it is spread over places.
+        settled: whether the chains are, so that their forces tell the unevenness.
     """
     left: list[Array | None] = []
     right: list[Array | None] = []
@@ -167,8 +175,9 @@ def fit_metric(
         curvature.append(_on_device(_shrunk(felt, len(slope)).reshape(shape)))
         left.append(None if p is None else _on_device(p))
         right.append(None if q is None else _on_device(q))
-    power = _power(np.concatenate(peaks)) if yields else 1.0
-    return Metric(left, right, curvature, *(_on_device(np.asarray(x)) for x in (np.mean(betas), power)))
+    confined = np.concatenate(peaks)
+    unevenness = float(np.mean(confined)) - 1.0 if settled and confined.size else UNKNOWN
+    return Metric(left, right, curvature, *(_on_device(np.asarray(x)) for x in (np.mean(betas), unevenness)))
 
 
 def _on_device(values: NDArray) -> Array:
@@ -222,11 +231,6 @@ def _peakedness(grids: NDArray) -> NDArray:
     squares = np.square(grids) / np.maximum(np.mean(np.square(grids), axis=0), 1e-30)
     squares /= np.maximum(np.mean(squares, axis=tuple(range(1, squares.ndim)), keepdims=True), 1e-30)
     return np.mean(np.square(squares), axis=0) / (3.0 * np.maximum(np.square(np.mean(squares, axis=0)), 1e-30))
-
-
-def _power(peaks: NDArray) -> float:
-    """Return the power of the mean precisions that the masses take, from the forces' peakedness; 1 for normal ones."""
-    return float(np.clip(1.0 + _EVEN - np.mean(peaks), _LEAST_POWER, 1.0)) if peaks.size else 1.0
 
 
 def _shrunk(curvature: NDArray, samples: int) -> NDArray:

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpy.typing import NDArray
 
-from volumejax.chains import LEAST_OVERLAP, MOST_SEPARATION, ChainTrace, Curve, LearningCoefficient
+from volumejax.chains import LEAST_OVERLAP, MOST_SEPARATION, MOST_SHORTFALL, ChainTrace, Curve, LearningCoefficient
 from volumejax.diagnostics import certified_lower, effective_sample_size, split_r_hat
 from volumejax.results import BoundKind, Kind, VolumeEstimate
 from volumejax.tally import COOLING, HEATING, Tally
@@ -104,9 +104,11 @@ def summarise(
     energy_errors = _jackknife(np.stack([sums.energies for sums in without]))
     trace = _trace(tally, plan, (whole, energy_errors), weights, gradients, progress)
     mixed = (
-        lag <= max(_SMALL, _SHARE * abs(whole.log_mass))
+        np.isfinite(std_error)
+        and lag <= max(_SMALL, _SHARE * abs(whole.log_mass))
         # Between levels that do not overlap the ratio is anything between what the two ways say, in both passes.
-        and not trace.least_overlap < min(LEAST_OVERLAP, float(np.exp(-_SHARE * abs(whole.log_mass))))
+        and not trace.least_overlap < LEAST_OVERLAP
+        and not trace.shortfall > MOST_SHORTFALL
         and trace.least_acceptance > 0.02
         and not trace.separation > MOST_SEPARATION
         # Chains that are stuck where little mass is agree with each other and not with their own weights.
@@ -201,6 +203,7 @@ def _trace(
         r_hat=r_hat,
         separation=np.asarray(tally.separation()),
         standstill=np.asarray(tally.standstill()),
+        shortfall=np.asarray(np.nan if sums is None else tally.shortfall(plan.cutoff)),
         work_std=work_std,
         log_weights=weights,
         betas=tally.temperature.beta,

@@ -20,6 +20,8 @@ _REFUSED = 0.02
 """Mean Metropolis probability of a visit's long trajectories below which the chain stood still."""
 _QUARTILES = 1.349
 """Distance of a normal distribution's quartiles in standard deviations."""
+_BRIDGED = 3.0
+"""Nats below the cutoff from which weights make up for what chains do not see."""
 _STRETCHES = 24
 """Of the ladder, as many as its error is made of: each longer than the chains remember."""
 _HEDGE = 0.05
@@ -110,7 +112,7 @@ class Tally:
                 if rung > 0:
                     energy = self.kappa.beta[rung] * np.where(counts, record.cost[row], -np.inf)
                     self.on_the_way = np.logaddexp(self.on_the_way, self.log_weights + energy)
-                self.log_weights = self.log_weights - record.work_down[row]
+                self._weigh(record.work_down[row])
 
     def add_temperature(self, which: int, rungs: list[int], record: Record, *, weighs: bool) -> None:
         """Enter visits to the temperature ladder; those that `weighs` take the cooling chains further down."""
@@ -120,10 +122,15 @@ class Tally:
             self.temperature_seen.append((which, rung, seen))
             self._tables = {}
             if weighs and rung < len(self.temperature.beta) - 1:
-                self.log_weights = self.log_weights - record.work_down[row]
+                self._weigh(record.work_down[row])
                 self._weighed_at = float(self.temperature.beta[rung + 1])
             elif weighs:
                 self.final_costs.append(record.cost[row])
+
+    def _weigh(self, work: Vector) -> None:
+        """Take the cooling chains one rung further; what has no weight gets none, wherever its image may lie."""
+        lost = np.isneginf(self.log_weights)
+        self.log_weights = np.where(lost, -np.inf, self.log_weights - np.where(lost, 0.0, work))
 
     def bound_weights(self, costs: Vector) -> Vector:
         """Return log weights, each at most the mass in expectation: of finished chains, or of those now at `costs`."""
@@ -248,6 +255,21 @@ class Tally:
             within = np.median(about.var(axis=0, ddof=1), axis=0)
             worst = np.nanmax([worst, *np.sqrt(1.0 + ((high - low) / _QUARTILES) ** 2 / np.maximum(within, 1e-12))])
         return float(worst)
+
+    def shortfall(self, cutoff: float) -> float:
+        """Return how far the upper tenth of the costs at the last temperature lies below the cutoff, in their scatter.
+
+        0 where that is less than what weights bridge.
+        """
+        last = len(self.temperature.beta) - 1
+        reaches = np.concatenate([seen["reach"] for _, rung, seen in self.temperature_seen if rung == last])
+        reaches = reaches[np.isfinite(reaches)]
+        if not reaches.size:
+            return np.nan
+        distance = cutoff - float(np.quantile(reaches, 0.9))
+        if self.temperature.beta[last] * distance <= _BRIDGED:
+            return 0.0
+        return distance / max(float(np.std(reaches)), 1e-300)
 
     def standstill(self) -> float:
         """Return the longest share of a pass's gradients over which a chain was refused all its long trajectories.

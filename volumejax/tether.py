@@ -206,6 +206,12 @@ def tether_stream(
             raise ValueError(f"{name} must be at least {least}, got {count}")
     params, attainable = check_question(cost, params, prior, cutoff)
     check_deterministic(cost, params)
+    anchor_cost = float(evaluate(cost, params))
+    if not float(attainable) > anchor_cost:
+        raise ValueError(
+            f"the cost at the anchor, {anchor_cost:.9g} nats, is the cutoff itself, which leaves no room for chains; "
+            "raise the cutoff"
+        )
     dimension = tree.size(params)
     with jax.enable_x64(True):
         ensemble = Ensemble(
@@ -223,7 +229,7 @@ def tether_stream(
         key=key,
         chains=chains,
         budget=_GRADIENTS * effort * float(np.clip(4810 / dimension, 1.0, 4.0)) / len(ensemble.guides),
-        anchor_cost=float(evaluate(cost, params)),
+        anchor_cost=anchor_cost,
         prior_term=float(prior.anchor_term(params)),
         proper=bool(prior.proper),
         beta_factor=beta_factor,

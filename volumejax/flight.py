@@ -1,0 +1,283 @@
+"""The pilot's chains: how they step, what they have seen, and what they cost."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool
+
+from volumejax import tree
+from volumejax.annealing import Record, begin, laid_out_like, pad, slopes, travel
+from volumejax.ensemble import SHORT, Ensemble, Position, Rung
+from volumejax.ladder import best_shares, trajectory_length
+from volumejax.metric import fit_metric, mass_power, plain_metric
+
+__all__ = ["CHEAP", "Flight", "Gait", "Stop", "joined", "leaf_sizes", "stretchings", "variances", "work_rate"]
+
+_TARGET = 0.75
+"""Acceptance that the step sizes are tuned to."""
+_MOST_STEPS = 120
+_MOST_NUMBERS = 20_000_000
+"""How many numbers are kept for the metric at most."""
+POOLED = 4
+"""Records that say together how the maps should stretch."""
+_ALIKE = 0.5
+"""Of two log β, the difference up to which both tell the map to a third."""
+CHEAP = 1000
+"""Below so many dimensions regions may have arms, where no one step and no one map fits: steps are spread, and maps
+stretch all leaves alike."""
+_UNEVEN_SPREAD = 3.0
+"""Where there are more, e-folds for each unit by which the power of the masses lies below 1, if trajectories are long:
+a chain that comes by a place far stiffer than most has to leave it again."""
+_PRESSED = 3.0
+"""Mean of B, in roots of D, that says that a wall is felt."""
+_NEAR = 2.0
+"""Standard deviations of the energy, and nats as well, within which of the cutoff it may be the cost's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gait:
+    """How the chains step."""
+
+    step: float
+    spread: float = 0.0
+
+    def adapted(self, record: Record, stuck: float) -> "Gait":
+        """Return the gait after a visit: towards the wanted acceptance, and wider where some chains never move."""
+        mean = float(np.mean(record.acceptance[-1]))
+        spread = self.spread + (0.5 if stuck > 0.1 and mean > 0.5 else -0.1)
+        step = self.step * np.exp((0.7 if mean > 0.3 else 1.5) * (mean - _TARGET))
+        return Gait(float(np.clip(step, 1e-7, 1.2)), float(np.clip(spread, 0.0, 5.0)))
+
+
+@dataclasses.dataclass
+class Stop:
+    """A place of the tether where the chains stayed, and what they said of it."""
+
+    x: float
+    """log a."""
+    beta: float
+    gait: Gait
+    variance: np.ndarray
+    """Mean square of each leaf's δ."""
+    record: Record
+    confined: float = 0.0
+    """λ, the mean energy that the cost holds, in units of 1/β."""
+
+
+class Flight:
+    """The pilot's chains, and the bookkeeping of what they cost."""
+
+    def __init__(
+        self, ensemble: Ensemble, key: Array, chains: int, anchor_cost: float, batch_size: int | None,
+        mesh: Mesh | None,
+    ) -> None:  # fmt: skip
+        """Begin with chains that stand nowhere yet."""
+        self.ensemble, self.key, self.batch_size, self.anchor_cost = ensemble, key, batch_size, anchor_cost
+        self.chains, self.mesh = jnp.arange(chains, dtype=jnp.int32), mesh
+        self.visits, self.gradients, self.last_cost = 0, 0, 1
+        self.floor = anchor_cost
+        """The lowest cost seen, from which energies count: an anchor need not be a minimum."""
+        self.metric = plain_metric(ensemble.frame.anchor, turns=ensemble.frame.walls is None)
+        self.slopes: list[tuple[float, list[np.ndarray]]] = []
+        self.positions: Position
+        self.pending = np.zeros(2 * len(jax.tree.leaves(ensemble.frame.anchor)))
+        """Logs by which the next visit first scales the leaves, where that stays inside."""
+        self.recent: list[tuple[float, Record]] = []
+        """The latest visits, each with its β."""
+        self.memory = np.ones(len(self.chains))
+        """Each chain's acceptance of late: near zero where it has been stuck for several moves."""
+
+    @property
+    def cutoff(self) -> float:
+        """In nats."""
+        return float(self.ensemble.cutoff)
+
+    @property
+    def room(self) -> float:
+        """How far the cutoff lies above the lowest cost seen."""
+        return self.cutoff - self.floor
+
+    @property
+    def stuck(self) -> float:
+        """Share of chains that have not moved for a while."""
+        return float(np.mean(self.memory < 0.08))
+
+    def reference_precision(self, beta: float) -> float:
+        """Return log a at which the cost is no more than a ripple on the reference, and take up positions there."""
+        x, floor = 0.0, 0.0 if self.ensemble.frame.stiffness > 0.0 else -30.0
+        for attempt in range(60):
+            with jax.enable_x64(True):
+                precision = jnp.float64(np.exp(x))
+            start = jax.random.fold_in(self.key, 1_000_000 + attempt)
+            self.positions = begin(self.ensemble, start, precision, self.chains, self.mesh)
+            reach = np.asarray(self.positions.reach) - self.anchor_cost
+            energy = beta * float(np.mean(np.where(np.isfinite(reach), np.abs(reach), np.inf)))
+            supported = np.mean(np.asarray(jax.vmap(self.ensemble.frame.supports)(self.positions.displacement)))
+            if not np.isfinite(energy) or (self.ensemble.frame.walls is None and supported < 0.4):
+                x += 3.0
+            elif energy > 0.2:
+                x += float(np.clip(np.log(energy / 0.1), 0.3, 3.0))
+            elif energy > 0.02 or x <= floor:
+                break
+            else:
+                x = max(x + float(np.clip(np.log(max(energy, 1e-9) / 0.1), -3.0, -0.3)), floor)
+        self.revive()
+        return max(x, floor)
+
+    def revive(self) -> None:
+        """Restart the chains that stand outside the region from those that stand inside, if there are any."""
+        outside = ~np.asarray(_permitted(self.ensemble, self.positions))
+        if outside.any() and not outside.all():
+            inside = np.flatnonzero(~outside)
+            source = np.where(outside, inside[np.arange(len(outside)) % len(inside)], np.arange(len(outside)))
+            self.positions = laid_out_like(jax.tree.map(lambda p: p[source], self.positions), self.positions)
+
+    @property
+    def as_one(self) -> bool:
+        """Whether all leaves are stretched alike: chains of the star stay on their rays, and arms differ in leaves."""
+        return bool(self.ensemble.checks) or self.ensemble.dimension < CHEAP
+
+    def visit(self, x: float, beta: float, gait: Gait, variance: np.ndarray, confined: float) -> Record:
+        """Let the chains move once and measure them; those that fell outside restart from the others."""
+        spread = self.spread(gait, confined)
+        steps = int(np.clip(np.ceil(self.length(confined) / gait.step * np.exp(0.5 * spread)), 2, _MOST_STEPS))
+        # Two rungs: the chains step from the first onto the second by the pending stretch, and move there.
+        rung = Rung(
+            precision=np.full(3, np.exp(x)),
+            beta=np.full(3, beta),
+            masses=np.repeat(1.0 / variance[None], 3, axis=0),
+            step_size=np.full(3, gait.step),
+            spread=np.full(3, spread),
+            num_steps=np.full(3, steps, np.int32),
+            num_moves=np.array([0, 1, 1], np.int32),
+            stretch=np.stack([self.pending, 0.0 * self.pending, 0.0 * self.pending]),
+        )
+        self.pending = 0.0 * self.pending
+        self.positions, record = travel(
+            self.ensemble, self.metric, self.key, self.positions, pad(rung), [0, 1, 1], self.visits, self.batch_size
+        )
+        self.visits += 2
+        self.last_cost = int(rung.gradients[1])
+        self.gradients += self.last_cost
+        self.memory = 0.6 * self.memory + 0.4 * record.acceptance[-1]
+        self.revive()
+        here = Record(*(part[1:] for part in record))
+        self.floor = min(self.floor, float(np.nanmin(np.where(np.isfinite(here.cost), here.cost, self.floor))))
+        self.recent = [*self.recent[1 - POOLED :], (beta, here)]
+        return here
+
+    def follow(self, beta: float) -> None:
+        """Let the next visit begin with the map that takes the chains to another β, as the latest visits tell it.
+
+        What they do not settle in time they carry on: in many dimensions a few per cent of β are thousands of nats.
+        """
+        now = self.recent[-1][0]
+        near = [(b, record) for b, record in self.recent if abs(np.log(b / now)) < _ALIKE]
+        energies = [b * np.where(np.isfinite(r.cost), r.cost - self.floor, np.nan) for b, r in near]
+        shares = best_shares(energies, [record.stretchings for _, record in near], as_one=self.as_one)
+        self.pending = self.pending - 0.5 * shares * np.log(beta / now)
+
+    def length(self, confined: float) -> float:
+        """Return how long trajectories are at that λ."""
+        return float(trajectory_length(np.asarray(confined), max(confined, 60.0), float(self.metric.unevenness)))
+
+    def spread(self, gait: Gait, confined: float) -> float:
+        """Return over how many e-folds steps are drawn."""
+        if self.ensemble.dimension < CHEAP:
+            # Any spread at all brings the short trajectories with it, which free chains that are held in an arm.
+            return max(gait.spread, 1e-9)
+        long = float(np.clip(self.length(confined) / (2.0 * SHORT * gait.step) - 1.0, 0.0, 1.0))
+        return max(gait.spread, _UNEVEN_SPREAD * (1.0 - float(mass_power(self.metric.unevenness))) * long)
+
+    def learn(self, x: float, beta: float, *, keep: int, settled: bool = False) -> None:
+        """Fit the metric to the slopes where the chains stand now and stood at the visits before, `keep` at most."""
+        here = slopes(self.ensemble, self.positions, self.batch_size)
+        self.gradients += 1
+        self.slopes.append((beta, [np.asarray(leaf) for leaf in here]))
+        room = int(max(_MOST_NUMBERS // (self.ensemble.dimension * len(self.chains)), 2))
+        self.slopes = self.slopes[-min(keep, room) :]
+        together = [np.concatenate(parts) for parts in zip(*(leaves for _, leaves in self.slopes), strict=True)]
+        betas = np.repeat([beta for beta, _ in self.slopes], len(self.chains))
+        turns = self.ensemble.frame.walls is None
+        self.metric = fit_metric(together, betas, float(np.exp(x)), turns=turns, settled=settled)
+
+    def confined(self, beta: float, record: Record) -> float:
+        """Return λ = β(E − the least), the mean over chains."""
+        return max(beta * (float(np.nanmean(record.cost[-1])) - self.floor), 0.0)
+
+    def expected(self, record: Record, x: float, beta: float) -> float:
+        """Return λ as it would be if the chains had settled and did not feel the wall of the cost.
+
+        They obey E B = 0, so that δ·∇E would then be larger by −B/β, and E with it. Far below the cutoff it is another
+        wall that they feel, and E is what it is.
+        """
+        confined = self.confined(beta, record)
+        if beta * float(np.mean(self.cutoff - record.reach[-1])) > _NEAR * (np.sqrt(confined) + 1.0):
+            return confined
+        stretching = float(np.mean(stretchings(self.ensemble, record, x, beta)))
+        certain = np.sign(stretching) * max(abs(stretching) - _PRESSED * np.sqrt(self.ensemble.dimension), 0.0)
+        felt = beta * float(np.mean(record.virial))
+        if not (np.isfinite(certain) and felt > 0.0):
+            return confined
+        return confined * float(np.clip((felt - certain) / felt, 0.3, 5.0))
+
+    def pressed(self, record: Record, x: float, beta: float) -> bool:
+        """Whether the wall is felt: B, which has no mean without one, is far below zero."""
+        stretching = stretchings(self.ensemble, record, x, beta).ravel()
+        return bool(np.mean(stretching) < -_PRESSED * np.sqrt(self.ensemble.dimension))
+
+    def bulge(self, record: Record) -> float:
+        """Return how much higher the largest cost on the segment lies above the anchor's than the guide; at least 1."""
+        rise = [float(np.nanmean(values[-1])) - self.anchor_cost for values in (record.reach, record.cost)]
+        return float(np.clip(rise[0] / rise[1], 1.0, 3.0)) if rise[1] > 0.0 and np.isfinite(rise[0]) else 1.0
+
+    def settle_gait(
+        self, x: float, beta: float, gait: Gait, variance: np.ndarray, confined: float, *, most: int
+    ) -> tuple[Gait, Record]:
+        """Visit until the acceptance is about right, and return what was learnt with the last record."""
+        for _ in range(most):
+            record = self.visit(x, beta, gait, variance, confined)
+            acceptance = float(np.mean(record.acceptance[-1]))
+            gait = gait.adapted(record, self.stuck)
+            if 0.6 < acceptance < 0.97:
+                return gait, record
+        return gait, self.visit(x, beta, gait, variance, confined)
+
+
+@eqx.filter_jit
+def _permitted(ensemble: Ensemble, positions: Position) -> Bool[Array, "chains"]:
+    """Return which chains stand inside the region."""
+    return jax.vmap(ensemble.permits)(positions.reach, positions.displacement)
+
+
+def variances(ensemble: Ensemble, record: Record) -> np.ndarray:
+    """Return each leaf's mean square of δ, never zero."""
+    squares = record.leaf_squares.mean(axis=(0, 1)) / leaf_sizes(ensemble)
+    return np.maximum(squares, 1e-12 * squares.max() + 1e-300)
+
+
+def leaf_sizes(ensemble: Ensemble) -> np.ndarray:
+    """Return how many numbers each leaf has, at least one."""
+    return np.array([max(x.size, 1) for x in jax.tree.leaves(ensemble.frame.anchor)], np.float64)
+
+
+def stretchings(ensemble: Ensemble, record: Record, x: float, beta: float) -> np.ndarray:
+    """Return B = δ·∇U − D of each visit and chain."""
+    return beta * record.virial + np.exp(x) * record.square + record.pulled - tree.size(ensemble.frame.anchor)
+
+
+def joined(records: list[Record]) -> Record:
+    """Return the visits of several records as those of one."""
+    return Record(*(np.concatenate(parts) for parts in zip(*records, strict=True)))
+
+
+def work_rate(records: list[Record], xs: list[float], as_one: bool) -> tuple[float, np.ndarray]:
+    """Return the standard deviation of the last record's work per unit of x at the best stretch, and the leaves'."""
+    slopes = [0.5 * np.exp(x) * record.square for record, x in zip(records, xs, strict=True)]
+    shares = best_shares(slopes, [record.stretchings for record in records], as_one=as_one)
+    work = slopes[-1] - 0.5 * np.nan_to_num(records[-1].stretchings) @ shares
+    return float(np.std(work, ddof=1)), shares
