@@ -92,6 +92,50 @@ def test_a_work_that_ends_between_two_stops_is_feared_up_to_the_second():
     assert np.sum((rungs < high) & (rungs >= low)) >= 7.5 * (high - low)
 
 
+def few_visits(seed, mean):
+    """B of two visits of four chains to each stop, as the pilot of a dear problem leaves them."""
+    rng = np.random.default_rng(seed)
+    return [leafwise(np.sqrt(200.0) * rng.normal(size=(2, 4)) + mean) for _ in range(STOPS)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_share_that_explains_all_is_that_of_its_own_stop_even_from_few_visits(seed):
+    """Works of a quadratic: X is p(x) B / 2 and nothing else, and p changes within a few stops."""
+    survey = survey_of(8.0)
+    survey = dataclasses.replace(survey, x=3.0 * survey.x - 8.0)
+    share = 1.0 / (1.0 + np.exp(-survey.x))
+    stretching = few_visits(seed, 0.0)
+    slope = [500.0 + 0.5 * p * b[..., :LEAVES].sum(axis=-1) for p, b in zip(share, stretching, strict=True)]
+    room, rises = ([v * np.ones((2, 4, *extra)) for _ in share] for v, extra in ((1.0, ()), (0.0, (2 * LEAVES,))))
+    few = dataclasses.replace(survey, slope=slope, stretching=stretching, room=room, rises=rises)
+    rungs = kappa(few, escort=1.0)
+    x = np.log(rungs.precision[1:])
+    found = 2.0 * rungs.stretch[1:-1, :LEAVES] / (x[:-1] - x[1:])[:, None]
+    # At the upper end of each step; neighbouring stops differ by up to 0.15.
+    assert np.max(-np.diff(share)) > 0.14
+    np.testing.assert_allclose(found, np.repeat(1.0 / (1.0 + np.exp(-x[:-1, None])), LEAVES, axis=1), atol=2e-3)
+
+
+def test_few_visits_that_seem_to_flow_through_a_wall_do_not_stop_the_maps():
+    """Of eight works without a mean some lie three of their own standard errors below zero, by chance."""
+    weakened = 0
+    for seed in range(20):
+        survey = dataclasses.replace(
+            survey_of(0.1), slope=[100.0 + 0.5 * b[..., :LEAVES].sum(axis=-1) for b in few_visits(seed, 0.0)],
+            stretching=few_visits(seed, 0.0), room=[np.ones((2, 4))] * STOPS,
+            rises=[np.zeros((2, 4, 2 * LEAVES))] * STOPS,
+        )  # fmt: skip
+        rungs = kappa(survey, escort=1.0)
+        x = np.log(rungs.precision[1:])
+        weakened += np.sum(2.0 * rungs.stretch[1:-1, 0] / (x[:-1] - x[1:]) < 0.5)
+    assert weakened == 0
+    flowing = dataclasses.replace(
+        survey, slope=[100.0 + 0.5 * b[..., :LEAVES].sum(axis=-1) for b in few_visits(0, -300.0)],
+        stretching=few_visits(0, -300.0),
+    )  # fmt: skip
+    assert np.mean(kappa(flowing, escort=1.0).stretch[1:-1, 0]) < 1e-3
+
+
 def test_trajectories_lengthen_as_the_cost_confines_and_less_where_masses_are_more_alike():
     lengths = trajectory_length(np.array([0.0, 50.0, 100.0]), 100.0, 0.25) / (0.5 * np.pi)
     np.testing.assert_allclose(lengths, [1.0, 1.0 + 2.5 / 16.0, 3.5])

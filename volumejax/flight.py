@@ -216,12 +216,11 @@ class Flight:
         wall that they feel, and E is what it is.
         """
         confined = self.confined(beta, record)
-        if beta * float(np.mean(self.cutoff - record.reach[-1])) > _NEAR * (np.sqrt(confined) + 1.0):
-            return confined
         stretching = float(np.mean(stretchings(self.ensemble, record, x, beta)))
         certain = np.sign(stretching) * max(abs(stretching) - _PRESSED * np.sqrt(self.ensemble.dimension), 0.0)
+        near = beta * float(np.mean(self.cutoff - record.reach[-1])) < _NEAR * (np.sqrt(confined) + 1.0)
         felt = beta * float(np.mean(record.virial))
-        if not (np.isfinite(certain) and felt > 0.0):
+        if not (np.isfinite(certain) and felt > 0.0) or (certain < 0.0 and not near):
             return confined
         return confined * float(np.clip((felt - certain) / felt, 0.3, 5.0))
 

@@ -11,6 +11,8 @@ import dataclasses
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
+from scipy.interpolate import PchipInterpolator
 
 from volumejax.ensemble import SHORT, Rung, trajectories
 from volumejax.metric import mass_power
@@ -29,8 +31,9 @@ _MEMORY = 3.0
 """What remembered work counts against fresh scatter: both widen the bound, but only the first sets the passes apart."""
 _LONGEST_MEMORY = 20.0
 """Visits, at most, over which chains are taken to remember."""
-_PER_SHARE, _SURE = 8.0, 3.0
-"""Works that tell one share of a stretch, and standard errors from which on a mean of B is no chance."""
+_PER_SHARE, _EXACT, _SURE = 8.0, 0.01, 3.0
+"""Works that tell one share of a stretch, the part of their variance that it may leave where fewer do, and standard
+errors from which on a mean of B is no chance."""
 _FURTHEST = 2.0
 """Share of a free direction's stretch that a leaf may be given, either way: one grows while another shrinks."""
 _SHORTEST = 0.25
@@ -169,7 +172,8 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
     count = max(int(np.ceil(cumulative[-1])), 2)
     x = np.interp(np.linspace(0.0, cumulative[-1], count + 1), cumulative, grid)
     precision = np.exp(x)
-    shares_x = np.stack([np.interp(-x, -survey.x, column) for column in shares.T], axis=1)
+    # Smooth, since in many dimensions a share that is off by a thousandth is hundreds of nats.
+    shares_x = PchipInterpolator(-survey.x, shares)(-x)
     stretch = 0.5 * shares_x * np.append(x[:-1] - x[1:], 0.0)[:, None]
     if survey.ends_flat:
         precision, x = np.append(precision, 0.0), np.append(x, x[-1])
@@ -260,8 +264,14 @@ def _smooth_work(survey: Survey, escort: float) -> tuple[Vector, Vector, Vector]
         near = list(range(max(i - 2, 0), min(i + 3, stops))) if i < stops - 1 else [i]
         # The best stretch changes from stop to stop: as few of them as tell it.
         rings = [[j for j in near if abs(i - j) <= r] for r in range(3)]
-        told = next((ring for ring in rings if _samples([x[j] for j in ring]) > _PER_SHARE * shares.shape[1]), near)
-        shares[i] = escort * best_shares([x[j] for j in told], [b[j] for j in told], as_one=survey.as_one)
+        for ring in rings:
+            here, there = [x[j] for j in ring], [b[j] for j in ring]
+            shares[i] = best_shares(here, there, as_one=survey.as_one)
+            rest = sum(float(np.sum((v - 0.5 * w @ shares[i]) ** 2)) for v, w in zip(here, there, strict=True))
+            explained = rest <= _EXACT * sum(float(np.sum(v**2)) for v in here)
+            if explained or _samples(here) > _PER_SHARE * shares.shape[1]:
+                break
+        shares[i] *= escort
         shares[i] *= (
             0.0 if survey.pressed(i) else _bearable(shares[i], survey.room[i], survey.rises[i], survey.stretching[i])
         )
@@ -287,7 +297,10 @@ def _bearable(shares: Vector, room: Vector, rises: Vector, stretchings: Vector) 
     stretch = 0.5 * _PROBE * shares
     rise, room = rises @ stretch, np.maximum(room, 0.0)
     flows = np.reshape(stretchings, (-1, len(shares))) @ stretch
-    through = -float(np.mean(flows) + _SURE * np.std(flows) / np.sqrt(0.5 * len(flows)))
+    # Of so few visits as Student has it, each counted for half.
+    count = max(0.5 * len(flows), 2.0)
+    sure = float(stats.t.isf(stats.norm.sf(_SURE), count - 1.0))
+    through = -float(np.mean(flows) + sure * np.std(flows) / np.sqrt(count))
     parts = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
     return next((p for p in parts if np.mean(p * rise > room) <= _LOST and p * through <= _LOST), 0.0)
 
