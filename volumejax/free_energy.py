@@ -113,6 +113,10 @@ def log_total_mass(
 ) -> Vector:
     r"""Return log Σ 1{reach ≤ ε}/Σ_k N_k exp(−β_k C − log Z_k): the measure at β = 0 of each region, from all samples.
 
+    Where the cost confines many directions, only samples within a nat or so of the cutoff count, and there may be none.
+    Then they are taken to be as evenly spread there as the nearest of them are on the whole, if their density does not
+    change over twice that distance: it is smooth on the scale of their scatter, which is far larger.
+
     Args:
         costs: of all samples, shape (samples,).
         reaches: what has to stay below the cutoff, same shape.
@@ -120,10 +124,6 @@ def log_total_mass(
         counts: samples at each, shape (rungs,).
         log_z: log normalisers, shape (rungs,).
         cutoffs: ε, shape (cutoffs,).
-
-    Where the cost confines many directions, only samples within a nat or so of the cutoff count, and there may be none.
-    Then they are taken to be as evenly spread there as the nearest of them are on the whole, if their density does not
-    change over twice that distance: it is smooth on the scale of their scatter, which is far larger.
 
     Returns:
         Log measures, shape (cutoffs,); −inf where no sample lies within, NaN where no normaliser is known.
@@ -157,4 +157,4 @@ def _log_integral(logs: Vector, x: Vector) -> float:
     rises, widths = np.diff(logs), np.diff(x)
     steep = np.abs(rises) > 1e-6
     means = np.where(steep, np.expm1(rises) / np.where(steep, rises, 1.0), 1.0)
-    return float(logsumexp(logs[:-1] + np.log(means * widths)))
+    return float(np.logaddexp.reduce(logs[:-1] + np.log(means * widths)))
