@@ -173,7 +173,7 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
     x = np.interp(np.linspace(0.0, cumulative[-1], count + 1), cumulative, grid)
     precision = np.exp(x)
     # Smooth, since in many dimensions a share that is off by a thousandth is hundreds of nats.
-    shares_x = PchipInterpolator(-survey.x, shares)(-x)
+    shares_x = PchipInterpolator(-survey.x, shares)(-x) if len(shares) > 1 else np.repeat(shares, len(x), axis=0)
     stretch = 0.5 * shares_x * np.append(x[:-1] - x[1:], 0.0)[:, None]
     if survey.ends_flat:
         precision, x = np.append(precision, 0.0), np.append(x, x[-1])

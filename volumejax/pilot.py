@@ -48,6 +48,8 @@ _INFINITE = (
 )
 _ENDLESS = -40.0
 """log a at which a tether that still holds back chains holds them e²⁰ times as far out as the parameters are large."""
+_FAR = 32.0
+"""log |δ|² at which they are e¹⁶ times as far out, and steps that fit the confined directions too short for the rest."""
 _UNBOUNDED, _WINDOW = 1.25, 20
 """A region without an end lets |δ|² grow by this factor in so many visits, time after time."""
 
@@ -159,10 +161,10 @@ def _descend(flight: Flight, factor: float, budget: float, on_progress: Callable
         variance = variances(ensemble, record)
         stops.append(Stop(x, beta, gait, variance, record, flight.expected(record, x, beta)))
         on_progress(_DOWN * min(1.0, flight.gradients / budget))
+        if x < _ENDLESS or (not stiff and np.log(np.mean(record.square[-1])) > _FAR):
+            raise ValueError(_INFINITE)
         if (stiff and x <= 0.0) or (not stiff and np.mean(0.5 * np.exp(x) * record.square[-1]) < 0.02):
             return stops
-        if x < _ENDLESS:
-            raise ValueError(_INFINITE)
         recent = stops[-POOLED:]
         rate, shares = work_rate([stop.record for stop in recent], [stop.x for stop in recent], flight.as_one)
         width = float(np.clip(_WORK / max(rate, 1e-9), 0.02, 0.5))

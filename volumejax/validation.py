@@ -48,8 +48,6 @@ def check_region(
     params = jax.tree.map(jnp.asarray, params)
     check_prior(prior)
     prior.check(params)
-    if isinstance(cutoff, str):
-        raise ValueError(f"cutoff must be a number of nats, got the text {cutoff!r}")
     if jnp.ndim(cutoff) != 0:
         raise ValueError(f"cutoff must be a scalar, got shape {jnp.shape(cutoff)}; vmap over cutoffs instead")
     if not is_traced(cutoff) and not (float(np.asarray(cutoff)) > 0.0 and np.isfinite(float(np.asarray(cutoff)))):
