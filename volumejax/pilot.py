@@ -49,7 +49,7 @@ _INFINITE = (
 _ENDLESS = -40.0
 """log a at which a tether that still holds back chains holds them e²⁰ times as far out as the parameters are large."""
 _FAR = 32.0
-"""log |δ|² at which they are e¹⁶ times as far out, and steps that fit the confined directions too short for the rest."""
+"""log |δ|² at which they are e¹⁶ times as far out, and steps that fit confined directions too short for the rest."""
 _UNBOUNDED, _WINDOW = 1.25, 20
 """A region without an end lets |δ|² grow by this factor in so many visits, time after time."""
 
