@@ -92,7 +92,7 @@ def jobs(name: str, folder: str | None) -> list[Job]:
             of_reference(reference.shell(3, cutoff=1e-2)),
         ]
     if name == "large":
-        return [of_reference(reference.quadratic(np.ones(d), cutoff=25.0)) for d in (10_000, 1_000_000)]
+        return [of_reference(reference.quadratic(np.ones(d), cutoff=25.0)) for d in (10_000, 100_000, 1_000_000)]
     if name == "neuron":
         return [of_reference(reference.tanh_neuron(2400, 2410, cutoff=1e-2))]
     if name == "digits":
