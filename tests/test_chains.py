@@ -30,21 +30,19 @@ def test_the_slope_of_a_power_law_is_its_power():
 
 
 def test_scalars_are_the_worst_levels(make_trace):
-    assert make_trace().scalars() == pytest.approx(
-        {
-            "num_chains": CHAINS,
-            "gradients": 1200,
-            "max_r_hat": 1.2,
-            "separation": 1.1,
-            "standstill": 0.01,
-            "shortfall": 0.2,
-            "min_acceptance": 0.7,
-            "min_overlap": 0.5,
-            "integrated": -3.5,
-            "non_finite": 0.0,
-            "progress": 1.0,
-        }
-    )
+    assert make_trace().scalars() == {
+        "num_chains": CHAINS,
+        "gradients": 1200,
+        "max_r_hat": 1.2,
+        "separation": 1.1,
+        "standstill": 0.01,
+        "shortfall": 0.2,
+        "min_acceptance": pytest.approx(0.7),
+        "min_overlap": 0.5,
+        "integrated": -3.5,
+        "non_finite": 0.0,
+        "progress": 1.0,
+    }
 
 
 def test_the_reference_is_drawn_and_does_not_count_as_moves(make_trace):

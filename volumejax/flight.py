@@ -15,7 +15,7 @@ from volumejax.ensemble import SHORT, Ensemble, Position, Rung
 from volumejax.ladder import best_shares, trajectory_length
 from volumejax.metric import fit_metric, mass_power, plain_metric
 
-__all__ = ["CHEAP", "Flight", "Gait", "Stop", "joined", "leaf_sizes", "stretchings", "variances", "work_rate"]
+__all__ = ["CHEAP", "POOLED", "Flight", "Gait", "Stop", "joined", "leaf_sizes", "stretchings", "variances", "work_rate"]
 
 _TARGET = 0.75
 """Acceptance that the step sizes are tuned to."""
@@ -166,7 +166,7 @@ class Flight:
         self.memory = 0.6 * self.memory + 0.4 * record.acceptance[-1]
         self.revive()
         here = Record(*(part[1:] for part in record))
-        self.floor = min(self.floor, float(np.nanmin(np.where(np.isfinite(here.cost), here.cost, self.floor))))
+        self.floor = float(np.min(here.cost, where=np.isfinite(here.cost), initial=self.floor))
         self.recent = [*self.recent[1 - POOLED :], (beta, here)]
         return here
 

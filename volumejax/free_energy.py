@@ -134,21 +134,25 @@ def log_total_mass(
     if np.any(np.isnan(log_density)):
         return np.full(len(cutoffs), np.nan)
     order = np.argsort(reaches)
-    log_cumulative = np.logaddexp.accumulate(-log_density[order])
-    places = np.searchsorted(reaches[order], cutoffs, side="right")
+    ordered, log_cumulative = reaches[order], np.logaddexp.accumulate(-log_density[order])
+    places = np.searchsorted(ordered, cutoffs, side="right")
     masses = np.where(places > 0, log_cumulative[np.maximum(places, 1) - 1], -np.inf)
     if not np.array_equal(costs, reaches):
         return masses
     for i, (place, cutoff) in enumerate(zip(places, cutoffs, strict=True)):
         nearest = max(_NEAREST, place // _NEAREST_SHARE)
-        if place > nearest:
-            low = float(np.mean(reaches[order[place - nearest - 1 : place - nearest + 1]]))
-            before = place - nearest - np.searchsorted(reaches[order], 2.0 * low - cutoff)
-            grid = np.linspace(low, cutoff, _POINTS)
-            log_weights = -log_mixture(grid, betas, counts, log_z)
-            if log_weights[-1] - log_weights[0] > _STEEP and abs(before - nearest) < _UNEVEN * np.sqrt(nearest):
-                even = np.log(nearest / (cutoff - low)) + _log_integral(log_weights, grid)
-                masses[i] = np.logaddexp(log_cumulative[place - nearest - 1], even)
+        rest = place - nearest
+        if rest <= 0:
+            continue
+        low = float(np.mean(ordered[rest - 1 : rest + 1]))
+        before = rest - np.searchsorted(ordered, 2.0 * low - cutoff)
+        if abs(before - nearest) >= _UNEVEN * np.sqrt(nearest):
+            continue
+        grid = np.linspace(low, cutoff, _POINTS)
+        log_weights = -log_mixture(grid, betas, counts, log_z)
+        if log_weights[-1] - log_weights[0] > _STEEP:
+            even = np.log(nearest / (cutoff - low)) + _log_integral(log_weights, grid)
+            masses[i] = np.logaddexp(log_cumulative[rest - 1], even)
     return masses
 
 
