@@ -21,7 +21,7 @@ _ROUNDING = 1e-9
 """Error of sums in float64, per dimension and nat."""
 _SMALL, _SHARE = 1.7, 0.017
 """A run is not mixed where the passes differ, beyond chance, by more than this: nats, or a share of |log mass|."""
-_LAG = 4.0
+_LAG = 6.0
 """Standard deviations between the passes: what is lost on the way down and gained on the way up nearly cancels."""
 
 
@@ -44,7 +44,7 @@ def summarise(
     """Reduce what is there: a bound while the chains cool, an estimate from one pass, in the end from both.
 
     The standard error joins statistics with the part of the hysteresis that chance does not explain, as if the two
-    passes lay two standard deviations to either side. Statistics are the larger of a jackknife over groups of chains,
+    passes lay three standard deviations to either side. Statistics are the larger of a jackknife over groups of chains,
     which covers all autocorrelation, and of the chains' scatter on many stretches of the ladder, which few chains tell
     too.
     """
