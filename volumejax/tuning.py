@@ -368,5 +368,5 @@ def _inverse_cholesky(precision: Float[np.ndarray, "D D"]) -> Float[np.ndarray, 
             "curvature_proposal: beta·H + Λ is not positive definite; raise beta, symmetrise H, or use a proper prior"
         ) from error
     upper = reversed_factor[::-1, ::-1]
-    identity = np.eye(upper.shape[0])
-    return scipy.linalg.solve_triangular(upper.T, identity, lower=True, check_finite=False, overwrite_b=True)
+    (invert,) = scipy.linalg.get_lapack_funcs(("trtri",), (upper,))
+    return invert(upper.T, lower=1)[0]
