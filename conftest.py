@@ -27,10 +27,11 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).pa
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 # Each worker keeps to its own cores: threads that share them cost a fifth of the time.
-_WORKER, _WORKERS = (os.environ.get(f"PYTEST_XDIST_WORKER{name}", "") for name in ("", "_COUNT"))
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 if _WORKER and hasattr(os, "sched_setaffinity"):
-    _cores = sorted(os.sched_getaffinity(0))[int(_WORKER.removeprefix("gw")) :: int(_WORKERS)]
-    os.sched_setaffinity(0, _cores or os.sched_getaffinity(0))
+    _cores = sorted(os.sched_getaffinity(0))
+    _own = _cores[int(_WORKER.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+    os.sched_setaffinity(0, _own or _cores)
 
 import hypothesis
 import jax
