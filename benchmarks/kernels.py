@@ -12,7 +12,6 @@ Reference: Robnik, De Luca, Silverstein & Seljak 2023 (JMLR 24), and Metropolis-
 """
 
 import argparse
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +28,7 @@ from volumejax.frames import frame_of
 from volumejax.kernels import hmc
 from volumejax.ladder import trajectory_length
 from volumejax.metric import UNKNOWN, Metric, plain_metric
-from volumejax.parallel import local_mesh
+from volumejax.parallel import local_mesh, use_every_core
 from volumejax.pilot import Pilot, fly
 from volumejax.tasks.digits import digits_task
 
@@ -45,7 +44,7 @@ def main() -> None:
     parser.add_argument("--gradients", type=int, default=12_000, help="of each chain and kernel")
     parser.add_argument("--sigma", default="rms")
     options = parser.parse_args()
-    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    use_every_core()
     from blackjax.mcmc import integrators  # which uses JAX, after which it is too late for devices
 
     task = digits_task()

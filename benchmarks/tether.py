@@ -8,7 +8,6 @@ eight seeds of three problems and says what escorts and Bennett's ratio save aga
 
 import argparse
 import gzip
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ import optax
 import volumejax as vj
 from volumejax import reference, tree
 from volumejax.models.mlp import mlp_apply, mlp_params
-from volumejax.parallel import local_mesh
+from volumejax.parallel import local_mesh, use_every_core
 from volumejax.tasks.digits import digits_task
 from volumejax.tether import default_num_chains
 
@@ -188,7 +187,7 @@ def main() -> None:
     parser.add_argument("--mnist", metavar="FOLDER", help="where the IDX files are")
     arguments = parser.parse_args()
     # As the command-line program does: each core is a device, over which chains are spread.
-    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    use_every_core()
     for name, study in STUDIES.items():
         if name in arguments.problems:
             study()

@@ -1,8 +1,12 @@
 """How work is cut: every ray once, whatever the number of lanes, with draws that depend on nothing but key and index.
 
 Mutations these catch: the last chunk dropped or repeated, lanes filled up with index 0, keys split by position in the
-chunk.
+chunk; cores counted that belong to other jobs, devices asked for when JAX has begun.
 """
+
+import os
+import subprocess
+import sys
 
 import hypothesis
 import jax
@@ -12,7 +16,16 @@ import pytest
 from hypothesis import strategies as st
 
 from volumejax import tree
-from volumejax.parallel import ABSENT, cut, default_batch_size, local_mesh, num_devices, require_threefry, spread
+from volumejax.parallel import (
+    ABSENT,
+    cut,
+    default_batch_size,
+    local_mesh,
+    num_cores,
+    num_devices,
+    require_threefry,
+    spread,
+)
 from volumejax.proposals import Dense, Diagonal, Isotropic
 
 PARAMS = {"w": jnp.zeros((2, 3)), "b": jnp.zeros(())}
@@ -131,3 +144,30 @@ def test_a_mesh_needs_an_axis_of_rays():
         ValueError, match=r"mesh has the axes \('batch',\); name the one that rays are spread over 'rays'"
     ):
         num_devices(other)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system does not bind processes to cores")
+def test_cores_of_other_jobs_do_not_count():
+    mine = os.sched_getaffinity(0)
+    assert num_cores() == len(mine)
+    try:
+        os.sched_setaffinity(0, {min(mine)})
+        assert num_cores() == 1
+    finally:
+        os.sched_setaffinity(0, mine)
+
+
+@pytest.mark.parametrize(("environment", "devices"), [({}, 3), ({"JAX_NUM_CPU_DEVICES": "2"}, 2)])
+def test_each_core_is_a_device_unless_the_environment_says_otherwise(environment, devices):
+    program = """
+import jax
+from volumejax import config, parallel, records, report, terminal
+parallel.num_cores = lambda: 3
+parallel.use_every_core()
+print(len(jax.devices()))
+"""
+    unset = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+    made = subprocess.run(
+        [sys.executable, "-c", program], env=unset | environment, capture_output=True, text=True, check=True
+    )
+    assert made.stdout.split() == [str(devices)]

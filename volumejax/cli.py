@@ -98,22 +98,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _use_every_core() -> None:
-    """Let JAX take each processor core for a device: a small network's matrices are too small to be shared by cores."""
-    import jax
-
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "JAX_NUM_CPU_DEVICES" in os.environ or "xla_force_host_platform_device_count" in flags:
-        return
-    # Too late in a process that has used JAX already.
-    with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
-
-
 def _run(arguments: argparse.Namespace) -> int:
-    _use_every_core()
     from volumejax import config as configs
-    from volumejax import records, report, terminal
+    from volumejax import parallel, records, report, terminal
+
+    parallel.use_every_core()
 
     config = configs.load_config(arguments.config)
     if arguments.output is not None:

@@ -1,5 +1,7 @@
 """How work is cut: into chunks of lanes that run as one vmapped program, over the devices of a mesh."""
 
+import contextlib
+import os
 from typing import Any
 
 import jax
@@ -8,7 +10,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key
 
-__all__ = ["ABSENT", "cut", "default_batch_size", "local_mesh", "num_devices", "require_threefry", "spread"]
+__all__ = [
+    "ABSENT",
+    "cut",
+    "default_batch_size",
+    "local_mesh",
+    "num_cores",
+    "num_devices",
+    "require_threefry",
+    "spread",
+    "use_every_core",
+]
 
 RAYS_AXIS = "rays"
 ABSENT = np.iinfo(np.int32).max
@@ -49,6 +61,23 @@ def local_mesh(lanes: int) -> Mesh | None:
     devices = jax.local_devices()
     count = next(k for k in range(min(len(devices), lanes), 0, -1) if lanes % k == 0)
     return Mesh(np.array(devices[:count]), (RAYS_AXIS,)) if count > 1 else None
+
+
+def num_cores() -> int:
+    """Return how many processor cores this process may use: a batch job may own a few of a machine's many."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def use_every_core() -> None:
+    """Let JAX take each of those cores for a device: a small network's matrices are too small to be shared by cores.
+
+    For programs, before they use JAX; what the environment says of devices holds, and so does what JAX has begun with.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "JAX_NUM_CPU_DEVICES" in os.environ or "xla_force_host_platform_device_count" in flags:
+        return
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", num_cores())
 
 
 def default_batch_size(dimension: int) -> int:

@@ -245,11 +245,12 @@ def describe_hardware() -> dict[str, Scalar]:
     """What the run used: the system, the cores it may use, JAX's devices."""
     import jax
 
+    from volumejax.parallel import num_cores
+
     devices = jax.devices()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "cores": cores,
+        "cores": num_cores(),
         "devices": len(devices),
         "device_kind": devices[0].device_kind,
         "platform": devices[0].platform,
