@@ -187,6 +187,32 @@ def test_damped_form_and_shift(tiny_task, fake_stream):
     assert not np.any(setting.proposals[4].mean["w"])
 
 
+def test_rows_that_differ_by_the_shift_alone_share_a_factor(tiny_task, fake_stream, monkeypatch):
+    fake_stream()
+    factorised, real = [], experiment.curvature_proposal
+    monkeypatch.setattr(
+        experiment,
+        "curvature_proposal",
+        lambda *args, **given: factorised.append(given["beta"]) or real(*args, **given),
+    )
+    asked = ((100.0, "true"), (200.0, "true"), (200.0, "false"), (300.0, "false"), ("auto", "true"), ("auto", "false"))
+    rows = "".join(f"  - {{kind: dense_ggn, beta: {beta}, shift: {shift}}}\n" for beta, shift in asked)
+    setting, _, _ = run(parse_config(CONFIG[: CONFIG.index("  - {kind: isotropic")] + rows))
+    assert factorised == [100.0, 200.0, 300.0, None, None]
+    matrix = experiment.curvature.dense_ggn(linear, tiny_task.params, tiny_task.inputs)
+    for proposal, beta in zip(setting.proposals[:4], (100.0, 200.0, 200.0, 300.0), strict=True):
+        alone = real(matrix, tiny_task.params, setting.prior, beta=beta, shift=False)
+        np.testing.assert_array_equal(proposal.cholesky, alone.cholesky)
+    assert [bool(np.any(proposal.mean["w"])) for proposal in setting.proposals] == [
+        True,
+        True,
+        False,
+        False,
+        True,
+        False,
+    ]
+
+
 def test_curvature_is_computed_only_where_needed(tiny_task, fake_stream, monkeypatch):
     del tiny_task
     fake_stream()
