@@ -83,6 +83,23 @@ def test_many_moves_on_a_rung_set_no_rungs_further_apart():
     assert widest(rungs) <= 0.71
 
 
+def of_chains(survey, count):
+    columns = {name: [v[:, :count] for v in getattr(survey, name)] for name in ("slope", "stretching", "room", "rises")}
+    return dataclasses.replace(survey, **columns)
+
+
+@pytest.mark.parametrize(
+    ("chains", "step_size", "moves"), [(4, 0.06, 1), (8, 0.06, 2), (64, 0.06, 10), (4, 0.8, 3), (64, 0.8, 10)]
+)
+def test_few_chains_with_long_trajectories_take_more_rungs_rather_than_more_moves(chains, step_size, moves):
+    """Of 4,000 moves in all: 16,000 works or 400 rungs, and as much on each rung as makes the looks cheap."""
+    survey = of_chains(survey_of(8.0, step_size=step_size), chains)
+    price = kappa(survey, budget=1e5).gradients.sum() / kappa(survey, budget=1e5).num_moves.sum()
+    rungs = kappa(survey, budget=4000.0 * price)
+    assert np.median(rungs.num_moves) == pytest.approx(moves, abs=0.05 * moves)
+    assert rungs.num_moves.sum() == pytest.approx(4000, rel=0.02)
+
+
 def test_a_work_that_ends_between_two_stops_is_feared_up_to_the_second():
     survey = survey_of(spread_of_slope=CLIFF, confined=1e6)
     survey = dataclasses.replace(survey, x=5.0 * survey.x)

@@ -21,8 +21,10 @@ __all__ = ["Survey", "best_shares", "kappa_ladder", "temperature_ladder", "traje
 
 Vector = NDArray[np.float64]
 
-_MANY_RUNGS = 400
-"""From so many on chains move more often on a rung, and rungs are added only where the works ask for them."""
+_MANY_RUNGS, _MANY_WORKS, _LOOK = 400, 16_000, 24.0
+"""From so many rungs on, and rungs times chains, chains move more often on a rung, and rungs are added only where the
+works ask for them: up to the second as often as takes so many gradients, since a look both ways costs two evaluations.
+The same moves on more rungs leave less to chance."""
 _CROWDED, _FREE = 0.9, 0.97
 """Shares of trajectories inside, from which the maps stretch at all, and as much as they want to."""
 _PROBE, _LOST = 0.1, 0.01
@@ -165,8 +167,11 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
         middle = np.sqrt(max(lower, 1e-12) * upper)
         lower, upper = (middle, upper) if spent(middle) < budget else (lower, middle)
     density = np.maximum(max(lower, 1e-12) * ideal, floor)
+    total = float(np.sum(density)) * width
+    allowed = max(_MANY_RUNGS, _MANY_WORKS / survey.slope[0].shape[1])
+    fewest, usual = (max(1, round(total / count)) for count in (allowed, _MANY_RUNGS))
+    moves = np.clip(np.ceil(_LOOK / n), fewest, usual)
     # Further moves set no rungs further apart than the works allow.
-    moves = max(1, round(float(np.sum(density)) * width / _MANY_RUNGS))
     rungs = np.maximum(density / moves, floor)
     cumulative = np.concatenate([[0.0], np.cumsum(0.5 * (rungs[1:] + rungs[:-1]) * width)])
     count = max(int(np.ceil(cumulative[-1])), 2)
