@@ -59,6 +59,13 @@ def test_chains_without_a_curve_have_their_ladder(make_run, make_tether):
     assert list(chain_plots.figures(make_run(make_tether("cut", complete=False)))) == ["ladder"]
 
 
+def test_a_curve_of_the_cutoff_alone_is_none(make_run, make_tether):
+    """As `decades: 0` asks for."""
+    row = make_tether("t")
+    alone = {name: values[-1:] if name.startswith("curve_") else values for name, values in row.chains.items()}
+    assert list(chain_plots.figures(make_run(row.model_copy(update={"chains": alone})))) == ["ladder"]
+
+
 @pytest.mark.parametrize("name", ["curve", "ladder"])
 def test_nothing_lies_outside_the_figure(name, chain_run):
     figure = chain_plots.figures(chain_run)[name]

@@ -38,7 +38,7 @@ MISTAKES = {
     "kind of a tether": (
         "effort: 0.5",
         "kind: star",
-        "tethers[0].kind: unknown key; use one of region, effort, num_chains, label",
+        "tethers[0].kind: unknown key; use one of region, effort, num_chains, decades, label",
     ),
     "unknown region": (
         "region: star",
@@ -53,6 +53,11 @@ MISTAKES = {
         "effort: 0.5",
         "num_chains: 1",
         "tethers[0].num_chains: expected a number at least 2, got 1",
+    ),
+    "curve above the cutoff": (
+        "effort: 0.5",
+        "decades: -1",
+        "tethers[0].decades: expected a number at least 0, got -1",
     ),
     "bare tether": ("{region: star, effort: 0.5}", "star", "tethers[0]: expected a mapping such as {region: ...}"),
     "tethers that are no list": (

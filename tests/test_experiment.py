@@ -240,7 +240,7 @@ BOTH = (
     + """\
 tethers:
   - {region: star, effort: 0.5}
-  - {region: connected, num_chains: 8, label: walkers}
+  - {region: connected, num_chains: 8, decades: 0, label: walkers}
 """
 )
 
@@ -256,7 +256,8 @@ def test_tethers_follow_the_rays(tiny_task, fake_stream, fake_chains):
     ]
     assert all(row.complete for row in rows)
     assert [call["region"] for call in calls] == [Star(), Connected()]
-    assert [(call["effort"], call["num_chains"]) for call in calls] == [(0.5, None), (1.0, 8)]
+    asked = [(call["effort"], call["num_chains"], call["decades"]) for call in calls]
+    assert asked == [(0.5, None, 2.0), (1.0, 8, 0.0)]
     for call in calls:
         assert call["cutoff"] == 0.01 and call["cost"] is tiny_task.cost and call["prior"] is setting.prior
         assert jnp.array_equal(jax.random.key_data(call["key"]), jax.random.key_data(jax.random.key(0)))

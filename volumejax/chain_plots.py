@@ -40,13 +40,14 @@ def figures(run: Run) -> dict[str, Figure]:
     """The figures of the rows that chains made, by file name: curve and ladder; none without such rows.
 
     Args:
-        run: with its arrays. A row without a curve, from chains that were interrupted, is left out of the curve.
+        run: with its arrays. A row without a curve, from chains that were interrupted or asked for none, is left out of
+            it.
 
     Returns:
         Matplotlib figures, bound to no display.
     """
     chains = [row for row in run.rows if row.from_chains]
-    finished = [row for row in chains if "curve_cutoffs" in row.chains]
+    finished = [row for row in chains if len(row.chains.get("curve_cutoffs", ())) > 1]
     with matplotlib.style.context(STYLE):
         drawn = {"curve": _curve(finished)} if finished else {}
         return {**drawn, "ladder": _ladder(chains, _dimension(run))} if chains else drawn

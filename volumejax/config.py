@@ -202,6 +202,7 @@ class Tether(_Model):
     region: Literal["star", "connected"] = Field(examples=["region: connected"])
     effort: Annotated[PositiveFloat, Field(le=1000)] = 1.0
     num_chains: Annotated[int, Field(ge=2, le=2**20)] | None = None
+    decades: Annotated[float, Field(ge=0, le=12)] = 2.0
     label: Label | None = None
 
     @property

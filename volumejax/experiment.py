@@ -254,6 +254,7 @@ def _run_chains(entry: Tether, setting: Setting, on_progress: OnProgress) -> Row
             region=_REGIONS[entry.region],
             effort=entry.effort,
             num_chains=entry.num_chains,
+            decades=entry.decades,
             mesh=local_mesh(entry.num_chains or default_num_chains(tree.size(setting.task.params))),
             on_progress=listen,
         ):
