@@ -21,7 +21,7 @@ __all__ = ["Survey", "best_shares", "kappa_ladder", "temperature_ladder", "traje
 
 Vector = NDArray[np.float64]
 
-_MANY_RUNGS, _MANY_WORKS, _LOOK = 400, 16_000, 24.0
+_MANY_RUNGS, _MANY_WORKS, _LOOK = 400, 16_000, 8.0
 """From so many rungs on, and rungs times chains, chains move more often on a rung, and rungs are added only where the
 works ask for them: up to the second as often as takes so many gradients, since a look both ways costs two evaluations.
 The same moves on more rungs leave less to chance."""
