@@ -25,6 +25,8 @@ _MANY_RUNGS, _MANY_WORKS, _LOOK = 400, 16_000, 8.0
 """From so many rungs on, and rungs times chains, chains move more often on a rung, and rungs are added only where the
 works ask for them: up to the second as often as takes so many gradients, since a look both ways costs two evaluations.
 The same moves on more rungs leave less to chance."""
+_FEW_CHAINS = 8
+"""Up to which that holds; in a box with more, rungs of fewer moves set the passes apart."""
 _CROWDED, _FREE = 0.9, 0.97
 """Shares of trajectories inside, from which the maps stretch at all, and as much as they want to."""
 _PROBE, _LOST = 0.1, 0.01
@@ -168,7 +170,8 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
         lower, upper = (middle, upper) if spent(middle) < budget else (lower, middle)
     density = np.maximum(max(lower, 1e-12) * ideal, floor)
     total = float(np.sum(density)) * width
-    allowed = max(_MANY_RUNGS, _MANY_WORKS / survey.slope[0].shape[1])
+    chains = survey.slope[0].shape[1]
+    allowed = _MANY_WORKS / chains if chains <= _FEW_CHAINS else _MANY_RUNGS
     fewest, usual = (max(1, round(total / count)) for count in (allowed, _MANY_RUNGS))
     moves = np.clip(np.ceil(_LOOK / n), fewest, usual)
     # Further moves set no rungs further apart than the works allow.
