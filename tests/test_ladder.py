@@ -89,7 +89,7 @@ def of_chains(survey, count):
 
 
 @pytest.mark.parametrize(
-    ("chains", "step_size", "moves"), [(4, 0.06, 1), (8, 0.06, 2), (64, 0.06, 10), (4, 2.5, 3), (64, 2.5, 10)]
+    ("chains", "step_size", "moves"), [(4, 0.06, 1), (8, 0.06, 2), (64, 0.06, 10), (4, 2.5, 8), (64, 2.5, 10)]
 )
 def test_few_chains_with_long_trajectories_take_more_rungs_rather_than_more_moves(chains, step_size, moves):
     """Of 4,000 moves in all: 16,000 works or 400 rungs, and as much on each rung as makes the looks cheap."""

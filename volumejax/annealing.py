@@ -25,7 +25,7 @@ Table = TypeVar("Table")
 
 MOST_VISITS = 32
 """Rungs visited in one call of the compiled program, at most."""
-TABLE = 2048
+TABLE = 1024
 """Rungs that a table holds at least, so that different ladders share one program."""
 
 
