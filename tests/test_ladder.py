@@ -94,8 +94,8 @@ def of_chains(survey, count):
 def test_few_chains_with_long_trajectories_take_more_rungs_rather_than_more_moves(chains, step_size, moves):
     """Of 4,000 moves in all: 16,000 works or 400 rungs, and as much on each rung as makes the looks cheap."""
     survey = of_chains(survey_of(8.0, step_size=step_size), chains)
-    price = kappa(survey, budget=1e5).gradients.sum() / kappa(survey, budget=1e5).num_moves.sum()
-    rungs = kappa(survey, budget=4000.0 * price)
+    trial = kappa(survey, budget=1e5)
+    rungs = kappa(survey, budget=4000.0 * trial.gradients.sum() / trial.num_moves.sum())
     assert np.median(rungs.num_moves) == pytest.approx(moves, abs=0.05 * moves)
     assert rungs.num_moves.sum() == pytest.approx(4000, rel=0.02)
 

@@ -333,10 +333,12 @@ def build_proposal(
     beta = None if isinstance(entry.beta, str) else entry.beta
     shift = True if entry.shift is None else entry.shift
     made = curvature_proposal(matrix, task.params, prior, beta=beta, shift=shift, cutoff=cutoff)
-    if isinstance(made, Dense) and made.mean is None:
-        # A zero mean changes nothing, and one program then serves the rows with and without a shift.
-        return Dense(made.cholesky, jax.tree.map(jnp.zeros_like, task.params))
-    return made
+    return _unshifted(made, task.params) if isinstance(made, Dense) and made.mean is None else made
+
+
+def _unshifted(dense: Dense, params: PyTree) -> Dense:
+    """A zero mean in place of none changes nothing, and one program then serves the rows with and without a shift."""
+    return Dense(dense.cholesky, jax.tree.map(jnp.zeros_like, params))
 
 
 def _unshifted_twin(entry: ProposalConfig, entries: Sequence[ProposalConfig], made: list[Proposal]) -> Dense | None:
@@ -345,7 +347,7 @@ def _unshifted_twin(entry: ProposalConfig, entries: Sequence[ProposalConfig], ma
         return None
     for other, known in zip(entries, made, strict=False):
         if isinstance(other, DenseGGNProposal) and other.beta == entry.beta and isinstance(known, Dense):
-            return Dense(known.cholesky, jax.tree.map(jnp.zeros_like, known.mean))
+            return _unshifted(known, known.mean)
     return None
 
 

@@ -21,12 +21,11 @@ __all__ = ["Survey", "best_shares", "kappa_ladder", "temperature_ladder", "traje
 
 Vector = NDArray[np.float64]
 
-_MANY_RUNGS, _MANY_WORKS, _LOOK = 400, 16_000, 24.0
-"""From so many rungs on, and rungs times chains, chains move more often on a rung, and rungs are added only where the
-works ask for them: up to the second as often as takes so many gradients, since a look both ways costs two evaluations.
-The same moves on more rungs leave less to chance."""
-_FEW_CHAINS = 8
-"""Up to which that is done; more of them have works enough."""
+_MANY_RUNGS = 400
+"""From so many on chains move more often on a rung, and rungs are added only where the works ask for them."""
+_FEW_CHAINS, _MANY_WORKS, _LOOK = 8, 16_000, 24.0
+"""Up to so many chains that limit is on rungs times chains: the same moves on more rungs leave less to chance. Where
+they move more than once on a rung they spend so many gradients there, since a look both ways costs two evaluations."""
 _CROWDED, _FREE = 0.9, 0.97
 """Shares of trajectories inside, from which the maps stretch at all, and as much as they want to."""
 _PROBE, _LOST = 0.1, 0.01
