@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "volumejax"
 
 # From the ground up; modules on one line do not know each other.
 LAYERS = [
-    ["logmath", "radial", "tree", "softmax", "examples", "tails", "free_energy", "metric", "optax_states"],
+    ["logmath", "radial", "tree", "functions", "softmax", "examples", "tails", "free_energy", "metric", "optax_states"],
     ["chains", "islands"],
     ["spectrum"],
     ["coefficients", "exact", "results", "parallel", "diagnostics", "rows", "eigenpairs"],

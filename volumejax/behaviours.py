@@ -25,12 +25,13 @@ from volumejax.examples import (
     num_batches,
     trace_logits,
 )
+from volumejax.functions import Function
 from volumejax.softmax import cross_entropy, divergence, is_wrong, label_gap
 
 __all__ = ["Behaviour", "error_rate", "kl_to_anchor", "loss", "loss_gap"]
 
 
-class Behaviour(eqx.Module):
+class Behaviour(Function):
     """The mean of a per-position measure over the unmasked positions; made by the factories of this module.
 
     Calling it gives a float32 scalar. A NaN logit at an unmasked position gives NaN; a mask without any

@@ -27,6 +27,7 @@ from volumejax.examples import (
     num_batches,
     trace_logits,
 )
+from volumejax.functions import Function
 
 __all__ = [
     "MAX_DENSE_DIMENSION",
@@ -51,7 +52,7 @@ class DiagonalEstimate(eqx.Module):
     """Standard error of each entry, from the scatter of the probes."""
 
 
-class GGNProduct(eqx.Module):
+class GGNProduct(Function):
     """The function v -> H v; its data are leaves, so that it may be passed through `eqx.filter_jit`."""
 
     apply_fn: Callable = eqx.field(static=True)

@@ -14,13 +14,14 @@ from jaxtyping import Array, Float, Key, PyTree
 from volumejax import tree
 from volumejax.curvature import DiagonalEstimate, check_dense, mean_of_probes
 from volumejax.examples import check_batch_size
+from volumejax.functions import Function
 
 __all__ = ["HessianProduct", "dense_hessian", "diagonal_hessian", "hessian_product"]
 
 Cost = Callable[[PyTree], Float[Array, ""]]
 
 
-class HessianProduct(eqx.Module):
+class HessianProduct(Function):
     """The function v -> H v; the cost and the parameters are leaves, for `eqx.filter_jit`."""
 
     cost: Cost

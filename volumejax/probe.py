@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Integer, Key, PyTree
 
 from volumejax.behaviours import Behaviour
 from volumejax.casting import NUM_SCOUTS
+from volumejax.functions import Function
 from volumejax.parallel import default_batch_size, require_threefry
 from volumejax.proposals import Isotropic
 from volumejax.rays import ray_volume
@@ -34,7 +35,7 @@ _COUNTS = ("converged", "violated", "evaluations")
 _SUCH_AS = "for instance lambda params, inputs: kl_to_anchor(apply_fn, params, inputs)"
 
 
-class VolumeProbe(eqx.Module):
+class VolumeProbe(Function):
     """Measures the local volume of the network in training by rays, on every `every`-th step; NaN on the others.
 
     Anchor, data and optimizer state are arguments of the call, so one compiled program serves all steps and all

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from volumejax import coefficients, exact, tree
+from volumejax.functions import Function
 from volumejax.priors import Gaussian, Lebesgue, UniformBox
 from volumejax.tails import Numbers
 
@@ -37,7 +38,7 @@ _FLOAT32_LIMIT = 100_000
 """Above this dimension costs are summed in float64: a relative error η of the cost is Dη/2 nats."""
 
 
-class ReferenceCost(eqx.Module):
+class ReferenceCost(Function):
     """A closed-form cost, params -> scalar nats: float32 up to D = 100,000, float64 above.
 
     Args:
