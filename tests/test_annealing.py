@@ -4,13 +4,15 @@ Mutations these catch: keys that count visits from the start of a call, a chain'
 image outside taken, a step onto the wrong neighbour, the work of the way back looked up at the rung itself.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from volumejax.annealing import MOST_VISITS, TABLE, Record, begin, pad, slopes, travel
-from volumejax.ensemble import Ensemble, Rung
+from volumejax.ensemble import FIELDS, Ensemble, Rung
 from volumejax.frames import frame_of
 from volumejax.metric import plain_metric
 from volumejax.priors import Gaussian
@@ -34,7 +36,7 @@ def ladder():
             precision=precision, beta=2.0 * ones.at[0].set(0.0), masses=jnp.stack([precision, precision], axis=1),
             step_size=0.4 * ones, spread=0.2 * ones, num_steps=jnp.full(LEVELS, 3, jnp.int32),
             num_moves=jnp.full(LEVELS, 2, jnp.int32).at[0].set(0),
-            stretch=np.outer(HALF_WAY, [1.0, 1.0, 0.0, 0.0]),
+            stretch=np.outer(HALF_WAY, [1.0, 1.0] + 2 * (FIELDS - 1) * [0.0]),
         )  # fmt: skip
     return jax.tree.map(np.asarray, rungs)
 
@@ -150,6 +152,42 @@ def test_a_step_on_stretches_and_a_step_back_shrinks(journey):
     np.testing.assert_allclose(squares[moved], factor**2 * log.square[0][moved], rtol=1e-5)
     squares = np.sum(flat(back.displacement) ** 2, axis=1)
     np.testing.assert_allclose(squares, again.square[0] / factor**2, rtol=1e-5)
+
+
+def sliding(slide, *, cost=lambda p: 0.0 * jnp.sum(p["w"])):
+    """Records on the way down and up again between two rungs where nothing moves but by the maps, and where it ends."""
+    with jax.enable_x64(True):
+        ensemble = Ensemble(cost, frame_of(Gaussian(0.7), PARAMS), jnp.float64(1e6), Connected(), False)
+    rungs = ladder()
+    half = 0.5 * np.log(rungs.precision[2] / rungs.precision[3])
+    rungs = dataclasses.replace(
+        rungs,
+        num_moves=np.zeros(LEVELS, np.int32),
+        stretch=half * np.tile([1.0, 1.0, 0.0, 0.0, slide, slide], (LEVELS, 1)),
+    )
+    with jax.enable_x64(True):
+        precision = jnp.float64(rungs.precision[2])
+    start = begin(ensemble, jax.random.key(4), precision, jnp.arange(40, dtype=jnp.int32), None)
+    return start, *travel(
+        ensemble, plain_metric(PARAMS, turns=True), jax.random.key(0), start, pad(rungs), [2, 3, 2, 2], 0, None
+    )
+
+
+def test_free_chains_that_slide_along_the_pull_do_the_same_work_everywhere():
+    """The Gaussian about −b/a goes over into that about −b/a', which a stretch about the anchor alone misses."""
+    _, _, log = sliding(1.0)
+    _, _, still = sliding(0.0)
+    assert np.std(log.work_down[0]) < 1e-5 and np.std(still.work_down[0]) > 0.05
+
+
+def test_a_chain_that_slides_back_is_where_it_was():
+    bowl = lambda p: jnp.sum(p["w"] ** 2) + p["b"] ** 2
+    start, end, log = sliding(0.8, cost=bowl)
+    np.testing.assert_allclose(log.work_up[1], -log.work_down[0], atol=1e-4)
+    for x, y in zip(jax.tree.leaves(end.displacement), jax.tree.leaves(start.displacement), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+    np.testing.assert_allclose(log.cost[2], log.cost[0], rtol=1e-5)
+    assert np.min(np.abs(log.cost[1] / log.cost[0] - 1.0)) > 1e-4
 
 
 def test_a_chain_whose_image_is_outside_stays_inside(journey):

@@ -64,7 +64,7 @@ def carry(ensemble, position, log_stretch, *where):
     """Along the map that stretches all coordinates alike."""
     gain = jnp.expm1(log_stretch).astype(jnp.float32)
     gains = jax.tree.map(lambda x: jnp.full(x.shape, gain), position.displacement)
-    return ensemble.carry(position, plain_metric(position.displacement, turns=True), gains, *where)
+    return ensemble.carry(position, plain_metric(position.displacement, turns=True), gains, None, *where)
 
 
 def test_the_slope_is_the_gradient_in_whitened_coordinates(gaussian, displacement):
@@ -131,13 +131,14 @@ def test_the_map_of_a_turned_metric_changes_volume_as_its_work_says(displacement
     slopes = [(np.asarray(x) * draw(size=(60, *x.shape))).astype(np.float32) for x in jax.tree.leaves(PARAMS)]
     metric = fit_metric(slopes, np.ones(60), 1.0, turns=True)
     gains = jax.tree.map(lambda x: jnp.linspace(-0.2, 0.3, x.size).reshape(x.shape), PARAMS)
+    shift = jax.tree.map(lambda g: 0.1 + 0.5 * g, gains)
     same = (number(2.0), number(0.7))
     start = position_at(ensemble, displacement)
-    image, work = eqx.filter_jit(lambda p: ensemble.carry(p, metric, gains, same, same))(start)
+    image, work = eqx.filter_jit(lambda p: ensemble.carry(p, metric, gains, shift, same, same))(start)
     vector, unravel = jax.flatten_util.ravel_pytree(displacement)
 
     def mapped(v):
-        moved = ensemble.carry(position_at(ensemble, unravel(v)), metric, gains, same, same)[0].displacement
+        moved = ensemble.carry(position_at(ensemble, unravel(v)), metric, gains, shift, same, same)[0].displacement
         return jax.flatten_util.ravel_pytree(moved)[0]
 
     log_volume = np.linalg.slogdet(np.asarray(jax.jacfwd(mapped)(vector), np.float64))[1]

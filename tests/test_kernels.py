@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from volumejax.ensemble import Ensemble, Rung
+from volumejax.ensemble import FIELDS, Ensemble, Rung
 from volumejax.frames import frame_of
 from volumejax.kernels import JITTER, hmc
 from volumejax.metric import Metric, plain_metric
@@ -49,7 +49,7 @@ def ensemble_of(prior, cutoff, stiff=(1.0, 4.0), bend=0.0, quartic=0.0, fence=np
 def rung_of(precision=1.0, beta=1.0, masses=(1.0, 1.0), step_size=0.3, spread=0.0, num_steps=5):
     with jax.enable_x64(True):
         single = [jnp.float64(x) for x in (precision, beta, step_size, spread)]
-        masses, still = jnp.asarray(masses, jnp.float64), jnp.zeros(2 * len(masses), jnp.float64)
+        masses, still = jnp.asarray(masses, jnp.float64), jnp.zeros(FIELDS * len(masses), jnp.float64)
         return Rung(*single[:2], masses, *single[2:], jnp.int32(num_steps), jnp.int32(1), still)
 
 
@@ -306,14 +306,17 @@ def test_steps_are_jittered_and_spread():
 
 
 def test_virials_are_measured_where_the_chain_stands():
-    """Of each leaf, plain; a leaf of one coordinate is as soft as its mean."""
+    """Of each leaf, plain; a leaf of one coordinate is as soft as its mean, and slides by b/a."""
     ensemble = ensemble_of(PULLED, 1.0, bend=0.5)
-    _, moved, _ = strides(ensemble, rung_of(1.0, 1.0, step_size=0.6), KEYS, HERE)
+    _, moved, _ = strides(ensemble, rung_of(2.0, 1.0, step_size=0.4), KEYS, HERE)
     d = jax.tree.map(lambda x: x[:20], moved.displacement)
     _, slope = jax.vmap(ensemble.value_and_slope)(d)
     expected = np.stack([d[k] * np.asarray(slope[k]) for k in d], axis=1)
     for row in (0, 1):
         np.testing.assert_allclose(moved.virials[:20, row], expected, atol=1e-4)
+    slid = np.stack([-0.5 * ensemble.frame.pull[k] * np.asarray(slope[k]) for k in d], axis=1)
+    np.testing.assert_allclose(moved.virials[:20, 2], slid, atol=1e-4)
+    assert np.abs(slid[:, 0]).min() > 1e-3
     stayed = np.asarray(moved.displacement["u"][:20]) == 0.4
     assert 0 < stayed.sum() < 20
 

@@ -12,6 +12,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from volumejax.ensemble import FIELDS
 from volumejax.ladder import Survey, best_shares, kappa_ladder, temperature_ladder, trajectory_length
 from volumejax.metric import UNKNOWN
 
@@ -40,7 +41,7 @@ def survey_of(spread_of_slope, *, covariance=0.0, bottom=0.0, step_size=0.3, con
         step_size=np.full(STOPS, step_size),
         spread=np.full(STOPS, 0.4),
         room=[np.full((1, TABLE), 1.0) for _ in x],
-        rises=[np.full((1, TABLE, 2 * LEAVES), 0.1) for _ in x],
+        rises=[np.full((1, TABLE, FIELDS * LEAVES), 0.1) for _ in x],
         confined=np.full(STOPS, confined),
         as_one=False,
         inside=np.ones(STOPS),
@@ -52,7 +53,9 @@ def survey_of(spread_of_slope, *, covariance=0.0, bottom=0.0, step_size=0.3, con
 
 
 def leafwise(stretching):
-    return np.repeat(stretching[..., None] / LEAVES, 2 * LEAVES, axis=-1)
+    """Nothing slides."""
+    stretches = np.repeat(stretching[..., None] / LEAVES, 2 * LEAVES, axis=-1)
+    return np.concatenate([stretches, np.zeros_like(stretches[..., :LEAVES])], axis=-1)
 
 
 def kappa(survey, budget=40_000.0, escort=0.9, most_steps=MOST_STEPS):
@@ -123,7 +126,7 @@ def test_a_share_that_explains_all_is_that_of_its_own_stop_even_from_few_visits(
     share = 1.0 / (1.0 + np.exp(-survey.x))
     stretching = few_visits(seed, 0.0)
     slope = [500.0 + 0.5 * p * b[..., :LEAVES].sum(axis=-1) for p, b in zip(share, stretching, strict=True)]
-    room, rises = ([v * np.ones((2, 4, *extra)) for _ in share] for v, extra in ((1.0, ()), (0.0, (2 * LEAVES,))))
+    room, rises = ([v * np.ones((2, 4, *extra)) for _ in share] for v, extra in ((1.0, ()), (0.0, (FIELDS * LEAVES,))))
     few = dataclasses.replace(survey, slope=slope, stretching=stretching, room=room, rises=rises)
     rungs = kappa(few, escort=1.0)
     x = np.log(rungs.precision[1:])
@@ -140,7 +143,7 @@ def test_few_visits_that_seem_to_flow_through_a_wall_do_not_stop_the_maps():
         survey = dataclasses.replace(
             survey_of(0.1), slope=[100.0 + 0.5 * b[..., :LEAVES].sum(axis=-1) for b in few_visits(seed, 0.0)],
             stretching=few_visits(seed, 0.0), room=[np.ones((2, 4))] * STOPS,
-            rises=[np.zeros((2, 4, 2 * LEAVES))] * STOPS,
+            rises=[np.zeros((2, 4, FIELDS * LEAVES))] * STOPS,
         )  # fmt: skip
         rungs = kappa(survey, escort=1.0)
         x = np.log(rungs.precision[1:])
@@ -242,7 +245,7 @@ def test_a_drift_of_all_chains_is_no_scatter():
 
 def total_stretch(rungs):
     """Of each leaf, since in the survey all coordinates are of the same softness."""
-    return rungs.stretch[:, :LEAVES] + rungs.stretch[:, LEAVES:]
+    return rungs.stretch[:, :LEAVES] + rungs.stretch[:, LEAVES : 2 * LEAVES]
 
 
 @pytest.mark.parametrize(("covariance", "escort", "share"), [(0.3, 1.0, 0.6), (0.3, 0.25, 0.15), (0.3, 0.0, 0.0)])
@@ -259,13 +262,13 @@ def leaves_that_differ(samples, noise, seed=0):
     numbers = np.random.default_rng(seed).normal(size=(samples, 8, 3))
     b = 10.0 * numbers[..., :2]
     x = 0.5 * (1.2 * b[..., 0] - 0.4 * b[..., 1]) + noise * numbers[..., 2]
-    return [x], [np.concatenate([b, b], axis=-1)]
+    return [x], [np.concatenate([b, b, 0.0 * b], axis=-1)]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_one_leaf_grows_while_another_shrinks(seed):
     shares = best_shares(*leaves_that_differ(40, 0.1, seed), as_one=False)
-    np.testing.assert_allclose(shares[:2] + shares[2:], [1.2, -0.4], atol=0.02)
+    np.testing.assert_allclose(shares[:2] + shares[2:4], [1.2, -0.4], atol=0.02)
     together = best_shares(*leaves_that_differ(40, 0.1, seed), as_one=True)
     assert together[0] == together[1] and 0.2 < together[0] < 0.6 and np.all(together[2:] == 0.0)
 
@@ -273,8 +276,19 @@ def test_one_leaf_grows_while_another_shrinks(seed):
 def test_soft_coordinates_part_from_stiff_ones():
     numbers = 10.0 * np.random.default_rng(0).normal(size=(40, 8, 4))
     x = 0.5 * (0.3 * numbers[..., 0] + 0.3 * numbers[..., 1] + 0.9 * numbers[..., 3])
-    shares = best_shares([x], [numbers], as_one=False)
-    np.testing.assert_allclose(shares, [0.3, 0.3, 0.0, 0.9], atol=1e-6)
+    shares = best_shares([x], [np.pad(numbers, ((0, 0), (0, 0), (0, 2)))], as_one=False)
+    np.testing.assert_allclose(shares, [0.3, 0.3, 0.0, 0.9, 0.0, 0.0], atol=1e-6)
+
+
+def test_leaves_slide_as_far_as_the_works_say():
+    """X = ½ (0.7 (B₀ + B₁) + T₀ + 0.4 T₁), with eight samples for one slide of both and with many for two."""
+    numbers = 10.0 * np.random.default_rng(1).normal(size=(40, 8, 4))
+    b = np.concatenate([numbers[..., :2], np.zeros((40, 8, 2)), numbers[..., 2:]], axis=-1)
+    x = 0.5 * (0.7 * numbers[..., :2].sum(-1) + numbers[..., 2] + 0.4 * numbers[..., 3])
+    np.testing.assert_allclose(best_shares([x], [b], as_one=False), [0.7, 0.7, 0.0, 0.0, 1.0, 0.4], atol=1e-6)
+    assert np.all(best_shares([x], [b], as_one=True)[4:] == 0.0)
+    few = x[:1] + 0.5 * 0.6 * numbers[:1, :, 3]
+    np.testing.assert_allclose(best_shares([few], [b[:1]], as_one=False), [0.7, 0.7, 0.0, 0.0, 1.0, 1.0], atol=1e-6)
 
 
 def test_leaves_do_not_part_by_chance():
@@ -283,7 +297,7 @@ def test_leaves_do_not_part_by_chance():
     for seed in range(40):
         numbers = np.random.default_rng(seed).normal(size=(2, 8, 5))
         x = 0.25 * numbers[..., :2].sum(-1) + 5.0 * numbers[..., 4]
-        shares = best_shares([x], [numbers[..., :4]], as_one=False)
+        shares = best_shares([x], [np.pad(numbers[..., :4], ((0, 0), (0, 0), (0, 2)))], as_one=False)
         free = np.linalg.lstsq(0.5 * numbers[..., :2].reshape(-1, 2), x.ravel(), rcond=None)[0]
         apart.append([abs(shares[0] - shares[1]), abs(free[0] - free[1])])
     mine, naive = np.mean(apart, axis=0)
@@ -314,7 +328,7 @@ def test_nothing_is_stretched_through_the_wall():
 def test_nothing_is_stretched_where_chains_press_on_the_wall():
     """Below the natural β and within √λ nats of the wall, whatever the few chains' slopes say of the rise."""
     survey = survey_of(1.0, covariance=0.3, confined=49.0)
-    survey = dataclasses.replace(survey, rises=[np.full((1, TABLE, 2 * LEAVES), -0.1)] * STOPS)
+    survey = dataclasses.replace(survey, rises=[np.full((1, TABLE, FIELDS * LEAVES), -0.1)] * STOPS)
     pressed, clear, colder = (
         kappa(dataclasses.replace(survey, natural_beta=natural, room=[np.full((1, TABLE), nats / survey.beta)] * STOPS))
         for natural, nats in ((600.0, 6.0), (600.0, 8.0), (400.0, 6.0))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from volumejax.annealing import Record
-from volumejax.ensemble import Rung
+from volumejax.ensemble import FIELDS, Rung
 from volumejax.results import Kind
 from volumejax.summary import Plan, summarise
 from volumejax.tally import COOLING, HEATING, Tally
@@ -25,7 +25,7 @@ def ladder(precision, beta):
     ones = np.ones(len(beta))
     return Rung(
         precision=precision * ones, beta=beta * ones, masses=ones[:, None], step_size=ones, spread=ones,
-        num_steps=ones, num_moves=ones, stretch=np.stack([ones, ones], axis=1),
+        num_steps=ones, num_moves=ones, stretch=np.stack(FIELDS * [ones], axis=1),
     )  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def record(rungs, lost):
     works["work_down"][np.array(rungs) == 1] += lost
     works["work_up"][np.array(rungs) == 2] += lost
     extra = {name: rng.lognormal(size=(*shape, width)) for name, width in
-             (("leaf_squares", 1), ("stretchings", 2), ("rises", 2))}  # fmt: skip
+             (("leaf_squares", 1), ("stretchings", FIELDS), ("rises", FIELDS))}  # fmt: skip
     once = {"square": rng.lognormal(size=shape), "permitted": np.ones(shape, bool), "non_finite": np.zeros(shape)}
     return Record(**{**plain, **works, **extra, **once, "cost": costs, "reach": costs})
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from volumejax.annealing import Record
-from volumejax.ensemble import Rung
+from volumejax.ensemble import FIELDS, Rung
 from volumejax.tally import COOLING, HEATING, Tally
 
 CHAINS, LEVELS, JOINT = 8, 4, 2
@@ -29,7 +29,7 @@ def ladder(precision, beta):
         ones = jnp.ones(len(beta), jnp.float64)
         rungs = Rung(
             precision=precision * ones, beta=beta * ones, masses=ones[:, None], step_size=ones, spread=ones,
-            num_steps=ones, num_moves=ones, stretch=jnp.stack([ones, ones], axis=1),
+            num_steps=ones, num_moves=ones, stretch=jnp.stack(FIELDS * [ones], axis=1),
         )  # fmt: skip
     return jax.tree.map(np.asarray, rungs)
 
@@ -44,8 +44,8 @@ def record(rungs, steps, costs, noise=0.0):
         "cost": costs,
         "reach": costs + 0.05,
         "leaf_squares": np.ones((rows, CHAINS, 1)),
-        "stretchings": np.ones((rows, CHAINS, 2)),
-        "rises": np.ones((rows, CHAINS, 2)),
+        "stretchings": np.ones((rows, CHAINS, FIELDS)),
+        "rises": np.ones((rows, CHAINS, FIELDS)),
         "permitted": np.ones((rows, CHAINS), bool),
         "work_down": down[rungs][:, None] + wobble,
         "work_up": up[rungs][:, None] - wobble,

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from volumejax import tree
-from volumejax.ensemble import PACES, SHORT, Ensemble, Position, Rung, trajectories
+from volumejax.ensemble import FIELDS, PACES, SHORT, Ensemble, Position, Rung, trajectories
 from volumejax.kernels import hmc
 from volumejax.metric import Metric
 from volumejax.parallel import spread
@@ -42,8 +42,8 @@ class Record(NamedTuple):
     """δ·∇E."""
     leaf_squares: np.ndarray
     stretchings: np.ndarray
-    """Effect on U of stretching each leaf, B_l = Σ δ ∂U − D_l, and then of stretching it by its softness,
-    Σ q (δ ∂U − 1): of mean zero where no wall is felt; axes [visits, chains, 2 · leaves]."""
+    """Effect on U of stretching each leaf, B_l = Σ δ ∂U − D_l, then of stretching it by its softness, Σ q (δ ∂U − 1),
+    and of sliding it: of mean zero where no wall is felt; axes [visits, chains, FIELDS · leaves]."""
     rises: np.ndarray
     """The part of it that is E's own."""
     work_down: np.ndarray
@@ -163,28 +163,39 @@ def _visit_one(
     d = position.displacement
     state = (jnp.asarray(rung.precision), jnp.asarray(rung.beta))
 
-    def softness(level: Array) -> PyTree:
+    def scene(level: Array) -> tuple[PyTree, tuple[Array, Array]]:
         stiffness, a, beta = (
             jnp.asarray(x, jnp.float32)[level] for x in (table.masses, table.precision, table.beta)
         )  # fmt: skip
-        return ensemble.softness(metric.precisions(stiffness, a, beta, d))
+        return metric.precisions(stiffness, a, beta, d), (a, beta)
 
     def look(args: tuple[Array, Array, Array]) -> tuple[Position, Array]:
         sign, above, target = args
         # The way back takes the same map, which is the upper rung's.
-        soft, treedef = jax.tree.flatten(softness(above))
-        plain, softened = sign * jnp.asarray(table.stretch)[above].astype(jnp.float32).reshape(2, len(soft))
-        gains = treedef.unflatten([jnp.expm1(s + t * q) for s, t, q in zip(plain, softened, soft, strict=True)])
+        precisions, upper = scene(above)
+        soft, treedef = jax.tree.flatten(ensemble.softness(precisions))
+        plain, softened, slid = jnp.asarray(table.stretch)[above].astype(jnp.float32).reshape(FIELDS, len(soft))
+        logs = [s + t * q for s, t, q in zip(plain, softened, soft, strict=True)]
+        gains = treedef.unflatten([jnp.expm1(sign * s) for s in logs])
+        shift = None
+        if ensemble.slides:
+            # A free coordinate goes from −b/a to −b/a', beside which it is stretched.
+            ways = [-jnp.exp(s) * jnp.expm1(s) for s in slid]
+            backs = [jnp.where(sign > 0.0, 1.0, -jnp.exp(-s)) for s in logs]
+            slides = jax.tree.leaves(ensemble.slide(metric, *upper))
+            shift = treedef.unflatten([x * way * back for x, way, back in zip(slides, ways, backs, strict=True)])
         there = (jnp.asarray(table.precision)[target], jnp.asarray(table.beta)[target])
-        return ensemble.carry(position, metric, gains, state, there)
+        return ensemble.carry(position, metric, gains, shift, state, there)
 
     ways = (jnp.asarray([1.0, -1.0], jnp.float32), jnp.stack([here, before]), jnp.stack([here + 1, before]))
     images, works = jax.lax.map(look, ways)
     place, sizes = metric.turned(d), jnp.asarray([x.size for x in jax.tree.leaves(d)], jnp.float64)
     pull = jax.tree.map(jnp.zeros_like, d) if ensemble.frame.pull is None else metric.turned(ensemble.frame.pull)
     stretchings = [
-        state[1] * virial + state[0] * tree.leaf_dots(x, place) + tree.leaf_dots(x, pull) - sizes
-        for virial, x in zip(position.virials, (place, jax.tree.map(jnp.multiply, softness(here), place)), strict=True)
+        state[1] * virial + state[0] * tree.leaf_dots(x, place) + tree.leaf_dots(x, pull) - divergence
+        for virial, x, divergence in zip(
+            position.virials, ensemble.fields(metric, *scene(here), place), (sizes, sizes, 0.0), strict=True
+        )
     ]
     seen = {
         "cost": position.cost,

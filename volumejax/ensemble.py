@@ -23,11 +23,13 @@ from volumejax.metric import Metric
 from volumejax.regions import Connected, Star
 from volumejax.tree import wide
 
-__all__ = ["PACES", "SHORT", "Ensemble", "Position", "Rung", "trajectories"]
+__all__ = ["FIELDS", "PACES", "SHORT", "Ensemble", "Position", "Rung", "trajectories"]
 
 TRAJECTORIES, SHORT, PACES = 3, 12, (1.0, 0.3, 0.1)
 """Trajectories of one move at most, by how much fewer steps all but the first have, and the share of the step size that
 each takes: where a chain is held in a place much narrower than most, only the small ones move it."""
+FIELDS = 3
+"""Ways to move each leaf from one rung to the next: stretch it, stretch it by its softness, and slide it along b."""
 
 
 _BULGE = 0.7
@@ -43,9 +45,8 @@ class Position(eqx.Module):
     """The guide E, float64 nats; C itself but for the star."""
     reach: Float[Array, ""]
     """The largest cost on the checked segment from the anchor (star), or C itself; float64 nats."""
-    virials: Float[Array, "2 leaves"]
-    """δ·∇E of each leaf where a trajectory last measured it, plain and with δ times its softness; float64, NaN before
-    the first."""
+    virials: Float[Array, "fields leaves"]
+    """v·∇E of each leaf for each of the `fields` v, as a trajectory last measured it; float64, NaN before the first."""
 
 
 class Rung(eqx.Module):
@@ -63,8 +64,8 @@ class Rung(eqx.Module):
     num_steps: Any
     num_moves: Any
     stretch: Float[Array | np.ndarray, "*levels stretches"]
-    """log of the factor by which each leaf is scaled on the way to the next rung, and then what comes to it times
-    softness; 2 · leaves numbers."""
+    """log of the factor by which each leaf is scaled on the way to the next rung, then what comes to it times softness,
+    then half the change of log a for which it slides; FIELDS · leaves numbers."""
 
     @property
     def gradients(self) -> Any:
@@ -160,10 +161,10 @@ class Ensemble(eqx.Module):
             return beta * position.cost + 0.5 * precision * tree.dot(d, d) + self.frame.pulled(d)
 
     @property
-    def no_virials(self) -> Float[Array, "2 leaves"]:
+    def no_virials(self) -> Float[Array, "fields leaves"]:
         """What stands for virials that have not been measured."""
         with jax.enable_x64(True):
-            return jnp.full((2, len(jax.tree.leaves(self.frame.anchor))), jnp.nan, jnp.float64)
+            return jnp.full((FIELDS, len(jax.tree.leaves(self.frame.anchor))), jnp.nan, jnp.float64)
 
     def softness(self, precisions: PyTree) -> PyTree:
         """Return how far each coordinate gives way when the tether slackens, against the mean of its leaf.
@@ -174,15 +175,44 @@ class Ensemble(eqx.Module):
             return jax.tree.map(jnp.ones_like, precisions)
         return jax.tree.map(lambda p: (1.0 / p) / jnp.mean(1.0 / p), precisions)
 
+    @property
+    def slides(self) -> bool:
+        """Whether the prior pulls, and chains may follow: those of the star stay on their rays."""
+        return self.frame.pull is not None and not self.checks
+
+    def slide(self, metric: Metric, precision: Array, beta: Array) -> PyTree:
+        """Return b/a times the square of each coordinate's share of a in its mean precision p, in turned coordinates.
+
+        The mean −b/p of a coordinate moves back by so much per unit of log a. Zero where nothing slides.
+        """
+        if not self.slides:
+            return jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), jnp.float32), self.frame.anchor)
+        shares = metric.tether_shares(precision, beta, self.frame.anchor)
+        return jax.tree.map(lambda b, w: b * w * w / precision, metric.turned(self.frame.pull), shares)
+
+    def fields(self, metric: Metric, precisions: PyTree, state: tuple[Array, Array], place: PyTree) -> list[PyTree]:
+        """Return the ways in which maps may move a chain, each twice what free coordinates need per unit of log a.
+
+        Args:
+            metric: of the moves.
+            precisions: the metric's at (a, β).
+            state: (a, β), float32.
+            place: δ in turned coordinates.
+        """
+        softened = jax.tree.map(jnp.multiply, self.softness(precisions), place)
+        return [place, softened, jax.tree.map(jnp.negative, self.slide(metric, *state))]
+
     def carry(
-        self, position: Position, metric: Metric, gains: PyTree, here: tuple[Array, Array], there: tuple[Array, Array]
-    ) -> tuple[Position, Float[Array, ""]]:
+        self, position: Position, metric: Metric, gains: PyTree, shift: PyTree | None,
+        here: tuple[Array, Array], there: tuple[Array, Array],
+    ) -> tuple[Position, Float[Array, ""]]:  # fmt: skip
         """Map δ on the way from one ensemble to another.
 
         Args:
             position: where the chain stands.
             metric: in whose turned coordinates the map is diagonal.
             gains: what is added to each of them, as a share of itself, float32; for the star the same for all.
+            shift: and what is added whatever it is, float32; None for the star.
             here: (a, β) left behind.
             there: (a, β) ahead.
 
@@ -191,7 +221,8 @@ class Ensemble(eqx.Module):
         """
         with jax.enable_x64(True):
             d = position.displacement
-            change = metric.restored(jax.tree.map(jnp.multiply, gains, metric.turned(d)))
+            change = jax.tree.map(jnp.multiply, gains, metric.turned(d))
+            change = metric.restored(change if shift is None else jax.tree.map(jnp.add, change, shift))
             moved = jax.tree.map(jnp.add, d, change)
             cost, own = self._guide(moved)
             # The star's image lies on the same ray: unless it is far out, its segment has been looked at but for the

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool
 
 from volumejax import tree
 from volumejax.annealing import Record, begin, laid_out_like, pad, slopes, travel
-from volumejax.ensemble import SHORT, Ensemble, Position, Rung
+from volumejax.ensemble import FIELDS, SHORT, Ensemble, Position, Rung
 from volumejax.ladder import best_shares, trajectory_length
 from volumejax.metric import fit_metric, mass_power, plain_metric
 
@@ -84,7 +84,7 @@ class Flight:
         self.metric = plain_metric(ensemble.frame.anchor, turns=ensemble.frame.walls is None)
         self.slopes: list[tuple[float, list[np.ndarray]]] = []
         self.positions: Position
-        self.pending = np.zeros(2 * len(jax.tree.leaves(ensemble.frame.anchor)))
+        self.pending = np.zeros(FIELDS * len(jax.tree.leaves(ensemble.frame.anchor)))
         """Logs by which the next visit first scales the leaves, where that stays inside."""
         self.recent: list[tuple[float, Record]] = []
         """The latest visits, each with its β."""
@@ -178,7 +178,9 @@ class Flight:
         now = self.recent[-1][0]
         near = [(b, record) for b, record in self.recent if abs(np.log(b / now)) < _ALIKE]
         energies = [b * np.where(np.isfinite(r.cost), r.cost - self.floor, np.nan) for b, r in near]
-        shares = best_shares(energies, [record.stretchings for _, record in near], as_one=self.as_one)
+        # Nothing slides: that goes with the tether.
+        stretches = np.repeat([1.0, 1.0, 0.0], len(self.pending) // FIELDS)
+        shares = best_shares(energies, [stretches * record.stretchings for _, record in near], as_one=self.as_one)
         self.pending = self.pending - 0.5 * shares * np.log(beta / now)
 
     def length(self, confined: float) -> float:

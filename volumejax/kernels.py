@@ -148,8 +148,7 @@ def _trajectory(
     stayed = (start.displacement, start.cost, start.reach, begun.place, end.first_slope)
     moved = (arrived, end.cost, reach, end.place, end.slope)
     displacement, cost, reach, place, slope = jax.tree.map(lambda x, y: jnp.where(taken, x, y), moved, stayed)
-    softened = jax.tree.map(jnp.multiply, ensemble.softness(precisions), place)
-    virials = jnp.stack([tree.leaf_dots(place, slope), tree.leaf_dots(softened, slope)])
+    virials = jnp.stack([tree.leaf_dots(v, slope) for v in ensemble.fields(metric, precisions, (a, beta), place)])
     position = Position(displacement, cost, reach, virials)
     return position, MoveInfo(acceptance, inside, end.bounces, end.non_finite)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from scipy.interpolate import PchipInterpolator
 
-from volumejax.ensemble import SHORT, Rung, trajectories
+from volumejax.ensemble import FIELDS, SHORT, Rung, trajectories
 from volumejax.metric import mass_power
 
 __all__ = ["Survey", "best_shares", "kappa_ladder", "temperature_ladder", "trajectory_length"]
@@ -64,7 +64,7 @@ class Survey:
     Attributes:
         x: log precision, shape (stops,).
         slope: X = ½ a|δ|² of each chain at each visit, for each stop an array of shape (visits, chains).
-        stretching: B of each leaf, plain and by softness, likewise with a last axis of 2 · leaves.
+        stretching: B of each leaf, plain, by softness and of its slide, likewise with a last axis of FIELDS · leaves.
         leaf_variance: mean square of each leaf's δ, shape (stops, leaves).
         leaf_sizes: coordinates of each leaf.
         unevenness: of the curvature, from the metric.
@@ -131,7 +131,8 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
     shares, variance, memory = _smooth_work(survey, escort)
     # Of ½ a|δ|² the maps take the part that they stretch.
     squares = survey.leaf_variance * survey.leaf_sizes
-    share = np.sum(shares * np.tile(squares, 2), axis=1) / np.sum(squares, axis=1)
+    stretched = shares[:, : 2 * len(survey.leaf_sizes)]
+    share = np.sum(stretched * np.tile(squares, 2), axis=1) / np.sum(squares, axis=1)
     lengths = trajectory_length(survey.confined, survey.confined[-1], survey.unevenness)
     steps = np.clip(np.ceil(lengths / survey.typical_step), 2, most_steps)
     high, low = survey.x[0], survey.x[-1]
@@ -239,7 +240,7 @@ def temperature_ladder(survey: Survey, *, decades: float, most_steps: int, budge
         spread=np.full(count, survey.spreads[-1]),
         num_steps=steps.astype(np.int32),
         num_moves=np.full(count, moves, np.int32),
-        stretch=np.zeros((count, 2 * len(survey.leaf_sizes))),
+        stretch=np.zeros((count, FIELDS * len(survey.leaf_sizes))),
     ), above
 
 
@@ -266,7 +267,7 @@ def _smooth_work(survey: Survey, escort: float) -> tuple[Vector, Vector, Vector]
     x, b = (
         [v - v.mean(axis=1, keepdims=True) for v in values] for values in (survey.slope, survey.stretching)
     )  # fmt: skip
-    shares, variance, memory = np.zeros((stops, 2 * len(survey.leaf_sizes))), np.zeros(stops), np.ones(stops)
+    shares, variance, memory = np.zeros((stops, FIELDS * len(survey.leaf_sizes))), np.zeros(stops), np.ones(stops)
     for i in range(stops):
         near = list(range(max(i - 2, 0), min(i + 3, stops))) if i < stops - 1 else [i]
         # The best stretch changes from stop to stop: as few of them as tell it.
@@ -315,26 +316,28 @@ def _bearable(shares: Vector, room: Vector, rises: Vector, stretchings: Vector) 
 def best_shares(slopes: list[Vector], stretchings: list[Vector], *, as_one: bool) -> Vector:
     """Return the shares p of a free direction's stretch that leave the least variance of the work.
 
-    One share for all is found first; then the leaves part from it, and soft coordinates from stiff ones, each as far as
-    that explains more than chance would.
+    One share for all is found first, and one for their slide; then the leaves part from it, soft coordinates from stiff
+    ones, and the slides of the leaves, each as far as that explains more than chance would.
 
     Args:
         slopes: X of each stop, shape (visits, chains).
-        stretchings: B, shape (visits, chains, 2 · leaves).
-        as_one: whether all has to be stretched alike.
+        stretchings: B, shape (visits, chains, FIELDS · leaves).
+        as_one: whether all has to be stretched alike, and nothing slides.
     """
     count = stretchings[0].shape[-1]
-    leaves = count // 2
+    leaves = count // FIELDS
     x = np.concatenate([np.ravel(v - v.mean(axis=1, keepdims=True)) for v in slopes])
     b = np.concatenate([np.reshape(v - v.mean(axis=1, keepdims=True), (-1, count)) for v in stretchings])
     known = np.isfinite(x) & np.all(np.isfinite(b), axis=1)
     x, b = x[known], 0.5 * b[known]
-    total = b[:, :leaves].sum(axis=1)
-    square = float(total @ total)
     shares = np.zeros(count)
-    shares[:leaves] = float(np.clip(total @ x / square, 0.0, 1.0)) if square > 0.0 else 0.0
+    slides = not as_one and bool(np.any(b[:, 2 * leaves :]))
+    together = [slice(0, leaves), slice(2 * leaves, count)][: 1 + slides]
+    totals = np.stack([b[:, part].sum(axis=1) for part in together], axis=1)
+    for part, found in zip(together, np.linalg.lstsq(totals, x, rcond=1e-6)[0], strict=True):
+        shares[part] = np.clip(found, 0.0, 1.0)
     samples = _samples(slopes)
-    for free in () if as_one else (leaves, count):
+    for free in () if as_one else (leaves, 2 * leaves, count)[: 2 + slides]:
         rest = x - b @ shares
         if free > 1 and samples > 2.0 * free and np.any(rest):
             apart = np.linalg.lstsq(b[:, :free], rest, rcond=1e-6)[0]

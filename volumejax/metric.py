@@ -99,6 +99,18 @@ class Metric(eqx.Module):
         means, scales = self._means(stiffness, precision, beta)
         return jax.tree.unflatten(jax.tree.structure(like), [s * mean for s, mean in zip(scales, means, strict=True)])
 
+    def tether_shares(self, precision: Array, beta: Array, like: PyTree) -> PyTree:
+        """Return the share that a has in each coordinate's mean precision a + βc.
+
+        Args:
+            precision: a, float32.
+            beta: β, float32.
+            like: gives the structure.
+        """
+        return jax.tree.unflatten(
+            jax.tree.structure(like), [precision / (precision + beta * c) for c in self.curvature]
+        )
+
     def _means(self, stiffness: Array, precision: Array, beta: Array) -> tuple[list[Array], list[Array]]:
         """Return mean precisions as the curvature has them, and the factor by which each leaf is to be rescaled."""
         least = [precision + _FLOOR * stiffness[leaf] for leaf in range(len(self.curvature))]

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from volumejax import tree
 from volumejax.annealing import begin, slopes
-from volumejax.ensemble import Ensemble, Position, Rung
+from volumejax.ensemble import FIELDS, Ensemble, Position, Rung
 from volumejax.frames import Frame
 from volumejax.kernels import hmc
 from volumejax.metric import Metric, fit_metric, plain_metric
@@ -127,7 +127,7 @@ def _stretch(
         with jax.enable_x64(True):
             gain = jnp.expm1(0.5 * jnp.log(here / jnp.maximum(there, 1e-300))).astype(jnp.float32)
             gains = jax.tree.map(lambda x: jnp.full(x.shape, gain), position.displacement)
-            image, work = ensemble.carry(position, metric, gains, (here, beta), (there, beta))
+            image, work = ensemble.carry(position, metric, gains, None, (here, beta), (there, beta))
             taken = jnp.log(u.astype(jnp.float64)) < -work
             return jax.tree.map(lambda x, y: jnp.where(taken, x, y), image, position)
 
@@ -285,7 +285,7 @@ class _Journey:
             spread=np.asarray(_SPREAD),
             num_steps=np.asarray(self.num_steps, np.int32),
             num_moves=np.asarray(1, np.int32),
-            stretch=np.zeros(2 * len(stiffness)),
+            stretch=np.zeros(FIELDS * len(stiffness)),
         )
         with jax.enable_x64(True):
             return jax.device_put(rung)
