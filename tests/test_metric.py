@@ -44,6 +44,39 @@ def test_a_hidden_basis_is_found(planted):
         np.testing.assert_allclose(np.abs(want.T @ np.asarray(have)[:, ::-1]), np.eye(len(want)), atol=0.1)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_of_a_long_side_the_leading_directions_come_first(side):
+    """700 inputs of which twelve directions are stiff: these are found, and all is turned and restored."""
+    rng = np.random.default_rng(9)
+    basis, h = orthogonal(rng, 700), np.append(np.logspace(2, 0, 12), np.full(688, 1e-3))
+    z = rng.normal(size=(400, 700, 5)) / np.sqrt(PRECISION + BETA * h[:, None])
+    slopes = (basis @ (h[:, None] * z)).astype(np.float32)
+    slopes = slopes if side == "left" else np.swapaxes(slopes, 1, 2)
+    metric = fit_metric([slopes], np.full(400, BETA), PRECISION, turns=True)
+    curvature = np.asarray(metric.curvature[0])
+    curvature = np.sort(np.mean(curvature if side == "left" else curvature.T, axis=1))[::-1]
+    # Drawn a little towards the many others.
+    np.testing.assert_allclose(curvature[:12], h[:12], rtol=0.2)
+    assert np.all(curvature[12:] < 0.05)
+    there = metric.turned([jnp.asarray(slopes[0])])
+    np.testing.assert_allclose(np.linalg.norm(there[0]), np.linalg.norm(slopes[0]), rtol=1e-5)
+    np.testing.assert_allclose(metric.restored(there)[0], slopes[0], atol=1e-5 * np.abs(slopes[0]).max())
+    long = getattr(metric, side)[0]
+    assert long.vectors.shape == (700, 187)
+    whole = np.eye(700) - long.vectors @ long.mixing @ long.vectors.T
+    np.testing.assert_allclose(whole.T @ whole, np.eye(700), atol=1e-5)
+    turned = whole.T @ slopes[0] if side == "left" else slopes[0] @ whole
+    other = (metric.right if side == "left" else metric.left)[0]
+    expected = turned @ other if side == "left" else np.asarray(other).T @ turned
+    np.testing.assert_allclose(there[0], expected, atol=1e-5 * np.abs(slopes[0]).max())
+
+
+def test_a_long_side_without_a_slope_is_turned_by_something_orthogonal():
+    metric = fit_metric([np.zeros((400, 700, 5), np.float32)], np.ones(400), 1.0, turns=True)
+    vector = [jnp.asarray(np.random.default_rng(0).normal(size=(700, 5)), jnp.float32)]
+    np.testing.assert_allclose(metric.restored(metric.turned(vector))[0], vector[0], atol=1e-5)
+
+
 def test_a_small_leaf_is_turned_as_a_whole():
     """Twelve coordinates in a basis that no two factors make."""
     rng = np.random.default_rng(4)
@@ -193,13 +226,15 @@ def test_the_plain_metric_has_the_structure_of_a_fitted_one():
         "c": jnp.zeros(()),
         "d": jnp.zeros((600, 2)),
         "e": jnp.zeros(400),
+        "f": jnp.zeros((20_000, 2)),
     }
     slopes = [np.ones((20, *x.shape), np.float32) for x in params.values()]
     fitted, plain = fit_metric(slopes, np.ones(20), 1.0, turns=True), plain_metric(params, turns=True)
     assert jax.tree.structure(fitted) == jax.tree.structure(plain)
     assert [x.shape for x in jax.tree.leaves(fitted)] == [x.shape for x in jax.tree.leaves(plain)]
-    assert plain.left[3] is None and plain.right[4] is None and plain.right[1] is not None
-    masses = plain.masses(jnp.full(5, 2.0), jnp.float32(3.0), jnp.float32(1.0), params)
+    assert plain.left[3].vectors.shape == (600, 218) and plain.right[4] is None and plain.right[1] is not None
+    assert plain.left[5] is None
+    masses = plain.masses(jnp.full(6, 2.0), jnp.float32(3.0), jnp.float32(1.0), params)
     assert all(np.allclose(m, 2.0) for m in masses.values())
 
 

@@ -22,6 +22,8 @@ _TARGET = 0.75
 _MOST_STEPS = 120
 _MOST_NUMBERS = 20_000_000
 """How many numbers are kept for the metric at most."""
+_DEAR_FIT, _FRESH = 4_000_000, 0.25
+"""Numbers from which on a fit costs more than a visit, and waits until this share of them is new."""
 POOLED = 4
 """Records that say together how the maps should stretch."""
 _ALIKE = 0.5
@@ -83,6 +85,8 @@ class Flight:
         """The lowest cost seen, from which energies count: an anchor need not be a minimum."""
         self.metric = plain_metric(ensemble.frame.anchor, turns=ensemble.frame.walls is None)
         self.slopes: list[tuple[float, list[np.ndarray]]] = []
+        self.unread = 0
+        """How many of them the metric does not know."""
         self.positions: Position
         self.pending = np.zeros(FIELDS * len(jax.tree.leaves(ensemble.frame.anchor)))
         """Logs by which the next visit first scales the leaves, where that stays inside."""
@@ -183,6 +187,11 @@ class Flight:
         shares = best_shares(energies, [stretches * record.stretchings for _, record in near], as_one=self.as_one)
         self.pending = self.pending - 0.5 * shares * np.log(beta / now)
 
+    def gaussian_scatter(self, x: float) -> float:
+        """Return the standard deviation of B in a Gaussian of that log a about its own mean."""
+        frame = self.ensemble.frame
+        return float(np.sqrt(2.0 * self.ensemble.dimension + float(frame.pulled(frame.pull)) * np.exp(-x)))
+
     def length(self, confined: float) -> float:
         """Return how long trajectories are at that λ."""
         return float(trajectory_length(np.asarray(confined), max(confined, 60.0), float(self.metric.unevenness)))
@@ -200,8 +209,12 @@ class Flight:
         here = slopes(self.ensemble, self.positions, self.batch_size)
         self.gradients += 1
         self.slopes.append((beta, [np.asarray(leaf) for leaf in here]))
-        room = int(max(_MOST_NUMBERS // (self.ensemble.dimension * len(self.chains)), 2))
-        self.slopes = self.slopes[-min(keep, room) :]
+        numbers = self.ensemble.dimension * len(self.chains)
+        self.slopes = self.slopes[-min(keep, max(_MOST_NUMBERS // numbers, 2)) :]
+        self.unread += 1
+        if numbers * len(self.slopes) > _DEAR_FIT and self.unread < _FRESH * len(self.slopes):
+            return
+        self.unread = 0
         together = [np.concatenate(parts) for parts in zip(*(leaves for _, leaves in self.slopes), strict=True)]
         betas = np.repeat([beta for beta, _ in self.slopes], len(self.chains))
         turns = self.ensemble.frame.walls is None

@@ -2,8 +2,9 @@ r"""The metric of the moves: for each leaf an orthogonal change of basis and the
 
 A settled ensemble obeys E[∇U ∇Uᵀ] = E[∇²U], so second moments of gradients are mean curvatures. For a matrix leaf the
 eigenvectors of E[G Gᵀ] and E[Gᵀ G] are a basis in which they are nearly diagonal, and which stays good far from the
-anchor: it follows the data's covariance more than the weights. A small leaf has one basis for all of its coordinates,
-the eigenvectors of their whole second moment, drawn towards the factors' where samples are few. The masses are
+anchor: it follows the data's covariance more than the weights. Of a long side only the leading ones are used:
+reflections put them first and turn the rest anyhow. A small leaf has one basis for all of its coordinates, the
+eigenvectors of their whole second moment, drawn towards the factors' where samples are few. The masses are
 
 .. math:: m_i \propto (a + \beta c_i)^p
 
@@ -11,25 +12,33 @@ with p = 1 where the curvature is the same everywhere. Where every place is stif
 its neighbours, masses as large as the mean of all places hold still what is free at most of them.
 
 References: Gupta, Koren & Singer 2018 (Shampoo) for the two factors; Vyas et al. 2024 (SOAP) for the diagonal in their
-basis; Girolami & Calderhead 2011 for curvature as the metric of Hamiltonian moves.
+basis; Girolami & Calderhead 2011 for curvature as the metric of Hamiltonian moves; Schreiber & Van Loan 1989 for
+products of reflections.
 """
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 from jaxtyping import Array, Float, PyTree
 from numpy.typing import NDArray
 from scipy.special import polygamma
 
 __all__ = ["UNKNOWN", "Metric", "fit_metric", "mass_power", "plain_metric"]
 
-_LARGEST_SIDE = 512
-"""Sides of a matrix up to this length are rotated; a longer one would cost more than the gradient."""
+_LARGEST_SIDE, _FEWEST = 512, 8
+"""Sides of a matrix up to this length are rotated as a whole. Of a longer one there are as many leading eigenvectors as
+turn a column at the same cost, if that is no fewer than the second number."""
 _PER_AXIS = 10
 """Samples an axis that eigenvectors take."""
+_SPARE, _ROUNDS = 8, 2
+"""Vectors beyond the leading ones, and rounds, in which a subspace is found."""
 _LARGEST_JOINT = 256
 """Leaves up to this size are turned as a whole."""
 _FLOOR = 0.1
@@ -45,11 +54,26 @@ _CORRELATED = 4.0
 """Successive gradients of one chain count for this many times fewer."""
 
 
+class Reflections(eqx.Module):
+    """An orthogonal matrix Q = I − Y T Yᵀ of a side too long for a matrix, whose first columns are given.
+
+    Arrays of the host or of a device.
+    """
+
+    vectors: Any
+    """Y, [side, rank]."""
+    mixing: Any
+    """T, [rank, rank]."""
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+
 class Metric(eqx.Module):
     """Per-leaf bases and curvatures, in the order of the leaves of the parameters."""
 
-    left: list[Float[Array, "_ _"] | None]
-    right: list[Float[Array, "_ _"] | None]
+    left: list[Float[Array, "_ _"] | Reflections | None]
+    right: list[Float[Array, "_ _"] | Reflections | None]
     """Of the columns, or of a whole leaf."""
     curvature: list[Float[Array, "..."]]
     """Mean of the second derivatives of C in the whitened, turned coordinates; leaves' shapes, float32."""
@@ -127,7 +151,7 @@ class Metric(eqx.Module):
         leaves, treedef = jax.tree.flatten(vector)
         return jax.tree.unflatten(
             treedef,
-            [_turn(x, p, q, transpose) for x, p, q in zip(leaves, self.left, self.right, strict=True)],
+            [_turn_leaf(x, p, q, transpose) for x, p, q in zip(leaves, self.left, self.right, strict=True)],
         )
 
 
@@ -140,7 +164,7 @@ def plain_metric(params: PyTree, *, turns: bool) -> Metric:
     """Return the metric that knows only the leaves' scales, with the same structure as a fitted one."""
     shapes = [jnp.shape(x) for x in jax.tree.leaves(params)]
     sizes = [_bases(shape) if turns else (0, 0) for shape in shapes]
-    left, right = ([_on_device(np.eye(n)) if n else None for n in side] for side in zip(*sizes, strict=True))
+    left, right = ([_on_device(_no_turn(n)) if n else None for n in side] for side in zip(*sizes, strict=True))
     return Metric(
         left=left,
         right=right,
@@ -162,17 +186,14 @@ def fit_metric(
         turns: False keeps the parameters' own basis, as the walls of a box demand.
         settled: whether the chains are, so that their forces tell the unevenness.
     """
-    left: list[Array | None] = []
-    right: list[Array | None] = []
-    curvature, peaks = [], []
+    left, right, curvature, peaks = [], [], [], []
     for slope in slopes:
         shape = slope.shape[1:]
         grids = np.nan_to_num(slope, posinf=0.0, neginf=0.0).reshape(len(slope), *_sides(shape))
         grids = grids * np.sqrt(betas)[:, None, None].astype(np.float32)
         p = _basis(grids) if turns else None
         q = _basis(np.swapaxes(grids, 1, 2)) if turns else None
-        grids = grids if p is None else np.einsum("ia,nij->naj", p, grids, optimize=True)
-        grids = grids if q is None else grids @ q
+        grids = _turn(grids, *_single((p, q)), transpose=True, matmul=np.matmul)
         if turns and _is_joint(shape):
             grids = grids.reshape(len(grids), 1, -1)
             # Of the factors' basis, which is the parameters' own where there is none.
@@ -185,16 +206,20 @@ def fit_metric(
         felt = 0.5 * (force + np.sqrt(force * (force + 4.0 * precision))) / beta
         peaks.append(_peakedness(grids)[beta * felt > _FELT * precision])
         curvature.append(_on_device(_shrunk(felt, len(slope)).reshape(shape)))
-        left.append(None if p is None else _on_device(p))
-        right.append(None if q is None else _on_device(q))
+        left.append(_on_device(p))
+        right.append(_on_device(q))
     confined = np.concatenate(peaks)
     unevenness = float(np.mean(confined)) - 1.0 if settled and confined.size else UNKNOWN
     return Metric(left, right, curvature, *(_on_device(np.asarray(x)) for x in (np.mean(betas), unevenness)))
 
 
-def _on_device(values: NDArray) -> Array:
-    """Return a float32 array, cast on the host: JAX would compile a cast for every shape."""
-    return jnp.asarray(values.astype(np.float32))
+def _single(values: Any) -> Any:
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), values)
+
+
+def _on_device(values: Any) -> Any:
+    """Return float32 arrays, cast on the host: JAX would compile a cast for every shape."""
+    return jax.tree.map(jnp.asarray, _single(values))
 
 
 def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -213,18 +238,55 @@ def _bases(shape: tuple[int, ...]) -> tuple[int, int]:
         return 0, rows * columns
     if min(rows, columns) == 1:
         return 0, 0
-    return rows * (rows <= _LARGEST_SIDE), columns * (columns <= _LARGEST_SIDE)
+    return rows * (_rank(rows) > 0), columns * (_rank(columns) > 0)
 
 
-def _basis(grids: NDArray) -> NDArray[np.float64] | None:
+def _rank(side: int) -> int:
+    """Return how many eigenvectors of a side are used, 0 for none."""
+    rank = side if side <= _LARGEST_SIDE else _LARGEST_SIDE**2 // (2 * side)
+    return rank if rank >= min(side, _FEWEST) else 0
+
+
+def _no_turn(side: int) -> NDArray | Reflections:
+    """Return what turns nothing, in the structure of what turns that side."""
+    rank = _rank(side)
+    return np.eye(side) if rank == side else Reflections(np.zeros((side, rank)), np.zeros((rank, rank)))
+
+
+def _basis(grids: NDArray) -> Any:
     """Return the eigenvectors of E[G Gᵀ], the parameters' own basis where samples are few, None where none is kept."""
     samples, side, other = grids.shape
-    if side > _LARGEST_SIDE or min(side, other) == 1:
+    rank = _rank(side)
+    if min(side, other) == 1 or rank == 0:
         return None
-    if samples * other < _PER_AXIS * side:
-        return np.eye(side)
+    if samples * other < _PER_AXIS * rank:
+        return _no_turn(side)
     flat = np.moveaxis(grids, 1, 0).reshape(side, -1)
-    return np.linalg.eigh((flat @ flat.T).astype(np.float64))[1]
+    if rank == side:
+        return np.linalg.eigh((flat @ flat.T).astype(np.float64))[1]
+    return _reflections(_leading(flat, rank))
+
+
+def _leading(flat: NDArray, rank: int) -> NDArray:
+    """Return the leading left singular vectors, by subspace iteration, the greatest last."""
+    width = min(rank + _SPARE, *flat.shape)
+    found = np.random.default_rng(0).standard_normal((flat.shape[0], width)).astype(flat.dtype)
+    for _ in range(_ROUNDS):
+        found = np.linalg.qr(flat @ (flat.T @ found))[0]
+    within = found.T @ flat
+    return found @ np.linalg.eigh((within @ within.T).astype(np.float64))[1][:, -rank:]
+
+
+def _reflections(first: NDArray) -> Reflections:
+    """Return Q whose first columns are those given, up to their signs, as the product of their Householder vectors."""
+    side, rank = first.shape
+    (geqrf,) = scipy.linalg.get_lapack_funcs(("geqrf",), (first,))
+    packed, factors, *_ = geqrf(first)
+    vectors = np.tril(packed[:, :rank], -1) + np.eye(side, rank)
+    mixing, products = np.diag(factors), vectors.T @ vectors
+    for j in range(1, rank):
+        mixing[:j, j] = -factors[j] * mixing[:j, :j] @ products[:j, j]
+    return Reflections(vectors, mixing)
 
 
 def _joint_basis(flat: NDArray) -> NDArray[np.float64]:
@@ -262,11 +324,24 @@ def _inverse_sum(leaves: list[Array]) -> Array:
     return jnp.sum(jnp.stack([jnp.sum(1.0 / x) for x in leaves]))
 
 
-def _turn(x: Array, p: Array | None, q: Array | None, transpose: bool) -> Array:
-    grid = x if p is None and q is None else x.reshape(-1 if p is None else len(p), -1 if q is None else len(q))
-    highest = jax.lax.Precision.HIGHEST
-    if p is not None:
-        grid = jnp.matmul(p.T if transpose else p, grid, precision=highest)
-    if q is not None:
-        grid = jnp.matmul(grid, q if transpose else q.T, precision=highest)
-    return grid.reshape(x.shape)
+def _turn_leaf(x: Array, p: Any, q: Any, transpose: bool) -> Array:
+    if p is None and q is None:
+        return x
+    grid = x.reshape(-1 if p is None else len(p), -1 if q is None else len(q))
+    return _turn(grid, p, q, transpose=transpose, matmul=_exact_matmul).reshape(x.shape)
+
+
+def _turn(grid: Any, p: Any, q: Any, *, transpose: bool, matmul: Callable) -> Any:
+    """Return P G Qᵀ, or Pᵀ G Q for the transpose; None turns nothing."""
+    if isinstance(p, Reflections):
+        mixing = p.mixing.T if transpose else p.mixing
+        grid = grid - matmul(p.vectors, matmul(mixing, matmul(p.vectors.T, grid)))
+    elif p is not None:
+        grid = matmul(p.T if transpose else p, grid)
+    if isinstance(q, Reflections):
+        mixing = q.mixing if transpose else q.mixing.T
+        return grid - matmul(matmul(matmul(grid, q.vectors), mixing), q.vectors.T)
+    return grid if q is None else matmul(grid, q if transpose else q.T)
+
+
+_exact_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)

@@ -32,8 +32,9 @@ _DOWN, _THERE = 0.25, 0.3
 """Shares of the budget for the way down and for the stay at its end; the rest is for the way up."""
 _LEAST_SETTLING, _MOST_SETTLING = 12, 64
 """Visits at the end of the way down, in which β and the metric settle."""
-_LEAST_VISITS, _MOST_VISITS, _LAG = 4, 24, 1.5
-"""Visits to each stop on the way up, and the standard errors of B from which on chains count as lagging behind."""
+_LEAST_VISITS, _MOST_VISITS, _LAG, _SCATTER = 4, 24, 1.5, 2.0
+"""Visits to each stop on the way up, the standard errors of B from which on chains count as lagging behind, and by how
+much more than those of a Gaussian settled ones may scatter."""
 _HURRY = 2.0
 """By how much a budget that is twice overspent may thin these out, in visits and, together, in the number of stops."""
 _RECENT = 12
@@ -122,7 +123,7 @@ def _ascend(
         confined = flight.confined(beta, latest.record)
         gait, records = latest.gait, []
         # B has no mean where the chains have settled, or a negative one behind a wall; they lag while it is positive.
-        while len(records) < least or (len(records) < most and _lags(ensemble, joined(records[-least:]), x, beta)):
+        while len(records) < least or (len(records) < most and _lags(flight, joined(records[-least:]), x, beta)):
             records.append(flight.visit(x, beta, gait, variance, confined))
             gait = gait.adapted(records[-1], flight.stuck)
         record = joined(records[-least:])
@@ -224,9 +225,11 @@ def _settle_beta(flight: Flight, stop: Stop, factor: float, until: float) -> tup
     return beta, natural, Stop(stop.x, beta, gait, variance, joined(records[-len(records) // 2 :]))
 
 
-def _lags(ensemble: Ensemble, record: Record, x: float, beta: float) -> bool:
-    stretching = stretchings(ensemble, record, x, beta).ravel()
-    return bool(np.mean(stretching) > _LAG * np.std(stretching) / np.sqrt(len(stretching)))
+def _lags(flight: Flight, record: Record, x: float, beta: float) -> bool:
+    """Whether B is positive on average beyond chance; one chain far behind would pass for a wide scatter of few."""
+    stretching = stretchings(flight.ensemble, record, x, beta).ravel()
+    scatter = min(float(np.std(stretching)), _SCATTER * flight.gaussian_scatter(x))
+    return bool(np.mean(stretching) > _LAG * scatter / np.sqrt(len(stretching)))
 
 
 def _smooth_steps(steps: np.ndarray) -> np.ndarray:
