@@ -273,6 +273,20 @@ def test_one_leaf_grows_while_another_shrinks(seed):
     assert together[0] == together[1] and 0.2 < together[0] < 0.6 and np.all(together[2:] == 0.0)
 
 
+def test_a_stretch_that_takes_no_more_leaves_the_rest_to_the_slide():
+    """B is its own scatter and the slide's T, ten times as wide; few noisy works ask for more than one of either."""
+    left = []
+    for seed in range(40):
+        numbers = np.random.default_rng(seed).normal(size=(2, 8, 3))
+        slide = 100.0 * numbers[..., 1]
+        b = np.stack([10.0 * numbers[..., 0] + slide, np.zeros((2, 8)), slide], axis=-1)
+        x = 0.5 * (b[..., 0] + b[..., 2]) + 10.0 * numbers[..., 2]
+        shares = best_shares([x], [b], as_one=False)
+        left.append(abs(shares[0] + shares[2] - 2.0))
+    # In units of the slide's 50 nats.
+    assert np.mean(left) < 0.1
+
+
 def test_soft_coordinates_part_from_stiff_ones():
     numbers = 10.0 * np.random.default_rng(0).normal(size=(40, 8, 4))
     x = 0.5 * (0.3 * numbers[..., 0] + 0.3 * numbers[..., 1] + 0.9 * numbers[..., 3])

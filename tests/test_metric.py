@@ -180,6 +180,14 @@ def test_without_turns_the_axes_stay(planted):
     assert np.all(metric.curvature[0] > 0.0)
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e10])
+def test_steep_and_shallow_costs_have_a_curvature(scale, planted):
+    """Of forces whose squares a short float does not hold."""
+    *_, slopes = planted
+    curvature = fit_metric([np.float32(scale) * slopes[:50]], np.full(50, BETA), PRECISION, turns=True).curvature[0]
+    assert np.all(np.isfinite(curvature)) and np.all(np.asarray(curvature) > 0.0)
+
+
 @pytest.mark.parametrize("samples", [12, 200])
 def test_equal_curvatures_stay_nearly_equal(samples):
     slopes = np.random.default_rng(1).normal(size=(samples, 300)).astype(np.float32)

@@ -85,11 +85,13 @@ class Flight:
         """The lowest cost seen, from which energies count: an anchor need not be a minimum."""
         self.metric = plain_metric(ensemble.frame.anchor, turns=ensemble.frame.walls is None)
         self.slopes: list[tuple[float, list[np.ndarray]]] = []
-        self.unread = 0
-        """How many of them the metric does not know."""
+        self.unread, self.settled = 0, False
+        """How many of them the metric does not know, and whether it takes chains for settled."""
         self.positions: Position
         self.pending = np.zeros(FIELDS * len(jax.tree.leaves(ensemble.frame.anchor)))
-        """Logs by which the next visit first scales the leaves, where that stays inside."""
+        """Logs by which the next visit first scales and slides the leaves, where that stays inside."""
+        self.place: tuple[float, float] | None = None
+        """(x, β) of the last visit, from which they set out."""
         self.recent: list[tuple[float, Record]] = []
         """The latest visits, each with its β."""
         self.memory = np.ones(len(self.chains))
@@ -149,10 +151,11 @@ class Flight:
         """Let the chains move once and measure them; those that fell outside restart from the others."""
         spread = self.spread(gait, confined)
         steps = int(np.clip(np.ceil(self.length(confined) / gait.step * np.exp(0.5 * spread)), 2, _MOST_STEPS))
-        # Two rungs: the chains step from the first onto the second by the pending stretch, and move there.
+        # Two rungs: the chains step from the first onto the second by the pending map, and move there.
+        left, self.place = self.place or (x, beta), (x, beta)
         rung = Rung(
-            precision=np.full(3, np.exp(x)),
-            beta=np.full(3, beta),
+            precision=np.exp([left[0], x, x]),
+            beta=np.array([left[1], beta, beta]),
             masses=np.repeat(1.0 / variance[None], 3, axis=0),
             step_size=np.full(3, gait.step),
             spread=np.full(3, spread),
@@ -212,9 +215,10 @@ class Flight:
         numbers = self.ensemble.dimension * len(self.chains)
         self.slopes = self.slopes[-min(keep, max(_MOST_NUMBERS // numbers, 2)) :]
         self.unread += 1
-        if numbers * len(self.slopes) > _DEAR_FIT and self.unread < _FRESH * len(self.slopes):
+        waits = numbers * len(self.slopes) > _DEAR_FIT and self.unread < _FRESH * len(self.slopes)
+        if waits and settled == self.settled:
             return
-        self.unread = 0
+        self.unread, self.settled = 0, settled
         together = [np.concatenate(parts) for parts in zip(*(leaves for _, leaves in self.slopes), strict=True)]
         betas = np.repeat([beta for beta, _ in self.slopes], len(self.chains))
         turns = self.ensemble.frame.walls is None

@@ -1,7 +1,8 @@
 r"""From what a pilot saw to a ladder of ensembles: where the rungs stand, how long chains stay, how they move there.
 
 With x = log a the work of a step −dx is (−X + ½ Σ p B) dx: X = ½ a|δ|² is the slope of U and B the effect of
-stretching a leaf, coordinate by coordinate as soft as it is, by the p-th part of what a free direction needs. Its
+stretching a leaf, coordinate by coordinate as soft as it is, or of sliding it along the prior's pull, by the p-th part
+of what a free direction needs. Its
 variance V at the best p, its memory τ in visits and the cost n of a visit set the density of rungs: dissipation
 ½∫Vτ/ρ and cost ∫nρ are balanced by ρ ∝ √(Vτ/n).
 The part of it that fresh scatter makes leaves Bennett's ratio without bias, so memory gets a larger weight.
@@ -11,7 +12,7 @@ import dataclasses
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import optimize, stats
 from scipy.interpolate import PchipInterpolator
 
 from volumejax.ensemble import FIELDS, SHORT, Rung, trajectories
@@ -277,7 +278,8 @@ def _smooth_work(survey: Survey, escort: float) -> tuple[Vector, Vector, Vector]
             shares[i] = best_shares(here, there, as_one=survey.as_one)
             rest = sum(float(np.sum((v - 0.5 * w @ shares[i]) ** 2)) for v, w in zip(here, there, strict=True))
             explained = rest <= _EXACT * sum(float(np.sum(v**2)) for v in here)
-            if explained or _samples(here) > _PER_SHARE * shares.shape[1]:
+            free = 1 if survey.as_one else np.count_nonzero(np.any(b[i], axis=(0, 1)))
+            if explained or _samples(here) > _PER_SHARE * free:
                 break
         shares[i] *= escort
         shares[i] *= (
@@ -334,8 +336,9 @@ def best_shares(slopes: list[Vector], stretchings: list[Vector], *, as_one: bool
     slides = not as_one and bool(np.any(b[:, 2 * leaves :]))
     together = [slice(0, leaves), slice(2 * leaves, count)][: 1 + slides]
     totals = np.stack([b[:, part].sum(axis=1) for part in together], axis=1)
-    for part, found in zip(together, np.linalg.lstsq(totals, x, rcond=1e-6)[0], strict=True):
-        shares[part] = np.clip(found, 0.0, 1.0)
+    # Within their bounds together: both hold the scatter along b, and what one may not take is left to the other.
+    for part, found in zip(together, optimize.lsq_linear(totals, x, (0.0, 1.0), "bvls").x, strict=True):
+        shares[part] = found
     samples = _samples(slopes)
     for free in () if as_one else (leaves, 2 * leaves, count)[: 2 + slides]:
         rest = x - b @ shares

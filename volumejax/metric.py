@@ -202,7 +202,7 @@ def fit_metric(
             p, q, grids = None, factors @ own, grids @ own
         # The force has the second moment (βh)²/(a + βh) along a direction of curvature h that is settled at a.
         beta = float(np.mean(betas))
-        force = beta * np.mean(np.square(grids), axis=0)
+        force = beta * np.mean(np.square(grids, dtype=np.float64), axis=0)
         felt = 0.5 * (force + np.sqrt(force * (force + 4.0 * precision))) / beta
         peaks.append(_peakedness(grids)[beta * felt > _FELT * precision])
         curvature.append(_on_device(_shrunk(felt, len(slope)).reshape(shape)))

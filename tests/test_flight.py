@@ -1,0 +1,80 @@
+"""The pilot's chains on a flat cost under a Gaussian prior, where the best maps are known.
+
+Mutations these catch: a map taken at the rung that it leads to, a fit that never waits or never ends waiting, a slide
+with β.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from volumejax import flight as module
+from volumejax.ensemble import FIELDS, Ensemble
+from volumejax.flight import Flight, Gait, stretchings
+from volumejax.frames import frame_of
+from volumejax.priors import Gaussian
+from volumejax.regions import Connected
+
+D, CHAINS = 1200, 16
+PARAMS = jnp.full(D, 3.0)
+
+
+@pytest.fixture
+def free():
+    """Chains that settle in one visit, at a prior three widths away."""
+    with jax.enable_x64(True):
+        frame = frame_of(Gaussian(1.0), PARAMS)
+        ensemble = Ensemble(lambda p: 0.0 * jnp.sum(p), frame, jnp.float64(1.0), Connected(), False)
+    flight = Flight(ensemble, jax.random.key(0), CHAINS, 0.0, None, None)
+    flight.reference_precision(1.0)
+    return flight
+
+
+def about_the_mean(flight, x):
+    """|δ + b/a|² a of each chain, which has mean D and deviation √2D."""
+    d = np.asarray(flight.positions.displacement, np.float64)
+    return np.exp(x) * np.sum((d + 3.0 * np.exp(-x)) ** 2, axis=1)
+
+
+@pytest.mark.parametrize("step", [-0.6, 0.5])
+def test_free_chains_arrive_where_they_belong(free, step):
+    """One visit settles them; the next one's map alone takes them to the Gaussian of another tether."""
+    x = 2.0
+    for _ in range(6):
+        free.visit(x, 1.0, Gait(0.5), np.exp([-x]), 0.0)
+    assert np.all(np.abs(about_the_mean(free, x) - D) < 5.0 * np.sqrt(2.0 * D))
+    free.pending = -0.5 * step * np.array([1.0, 0.0, 1.0])
+    # A step so short that nothing but the map moves them.
+    free.visit(x + step, 1.0, Gait(1e-6), np.exp([-x]), 0.0)
+    assert np.all(np.abs(about_the_mean(free, x + step) - D) < 5.0 * np.sqrt(2.0 * D))
+    assert np.all(free.pending == 0.0) and len(free.pending) == FIELDS
+
+
+def test_settled_chains_scatter_as_the_gaussian_says(free):
+    x, found = 0.5, []
+    gait = Gait(0.5)
+    for _ in range(40):
+        record = free.visit(x, 1.0, gait, np.exp([-x]), 0.0)
+        found.append(stretchings(free.ensemble, record, x, 1.0)[-1])
+    # 16 chains and some 30 independent visits tell a deviation to 3 per cent.
+    assert np.std(found[8:]) == pytest.approx(free.gaussian_scatter(x), rel=0.15)
+    assert free.gaussian_scatter(x) == pytest.approx(np.sqrt(2.0 * D + 9.0 * D * np.exp(-x)))
+
+
+def test_a_dear_metric_is_fitted_when_a_quarter_is_new(free, monkeypatch):
+    fits = []
+    plain = free.metric
+    monkeypatch.setattr(module, "fit_metric", lambda *args, **options: fits.append(len(args[0][0])) or plain)
+    free.visit(1.0, 1.0, Gait(0.5), np.exp([-1.0]), 0.0)
+    for _ in range(3):
+        free.learn(1.0, 1.0, keep=12)
+    assert fits == [CHAINS, 2 * CHAINS, 3 * CHAINS]
+    monkeypatch.setattr(module, "_DEAR_FIT", 1)
+    fits.clear()
+    for _ in range(14):
+        free.learn(1.0, 1.0, keep=12)
+    assert fits == [CHAINS * n for n in (4, 6, 8, 11, 12, 12)]
+    fits.clear()
+    free.learn(1.0, 1.0, keep=12, settled=True)
+    assert len(fits) == 1
