@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from volumejax import ensemble as ensemble_module
 from volumejax.ensemble import FIELDS, Ensemble, Rung
 from volumejax.frames import frame_of
 from volumejax.kernels import JITTER, hmc
@@ -306,19 +307,30 @@ def test_steps_are_jittered_and_spread():
 
 
 def test_virials_are_measured_where_the_chain_stands():
-    """Of each leaf, plain; a leaf of one coordinate is as soft as its mean, and slides by b/a."""
+    """Of each leaf, plain; a leaf of one coordinate is as soft as its mean. So few coordinates do not slide."""
     ensemble = ensemble_of(PULLED, 1.0, bend=0.5)
-    _, moved, _ = strides(ensemble, rung_of(2.0, 1.0, step_size=0.4), KEYS, HERE)
+    _, moved, _ = strides(ensemble, rung_of(1.0, 1.0, step_size=0.6), KEYS, HERE)
     d = jax.tree.map(lambda x: x[:20], moved.displacement)
     _, slope = jax.vmap(ensemble.value_and_slope)(d)
     expected = np.stack([d[k] * np.asarray(slope[k]) for k in d], axis=1)
     for row in (0, 1):
         np.testing.assert_allclose(moved.virials[:20, row], expected, atol=1e-4)
-    slid = np.stack([-0.5 * ensemble.frame.pull[k] * np.asarray(slope[k]) for k in d], axis=1)
-    np.testing.assert_allclose(moved.virials[:20, 2], slid, atol=1e-4)
-    assert np.abs(slid[:, 0]).min() > 1e-3
+    assert np.all(moved.virials[:, 2] == 0.0)
     stayed = np.asarray(moved.displacement["u"][:20]) == 0.4
     assert 0 < stayed.sum() < 20
+
+
+def test_many_coordinates_slide_against_the_pull_as_far_as_the_cost_lets_them(monkeypatch):
+    """By b/a times the square of the tether's share a/(a + βc)."""
+    monkeypatch.setattr(ensemble_module, "CHEAP", 1)
+    ensemble = ensemble_of(PULLED, 1.0)
+    metric = eqx.tree_at(lambda m: m.curvature, PLAIN, [jnp.full(x.shape, 3.0) for x in PLAIN.curvature])
+    ones = jax.tree.map(jnp.ones_like, HERE)
+    plain, softened, slid = ensemble.fields(metric, ones, (jnp.float32(2.0), jnp.float32(4.0)), HERE)
+    assert plain is HERE and softened.keys() == HERE.keys()
+    for name, value in slid.items():
+        np.testing.assert_allclose(value, -0.5 * ensemble.frame.pull[name] * (2.0 / 14.0) ** 2, rtol=1e-6)
+    assert abs(float(slid["u"])) > 1e-4
 
 
 @pytest.mark.parametrize("num_steps", [1, 12])

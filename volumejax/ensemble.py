@@ -23,11 +23,14 @@ from volumejax.metric import Metric
 from volumejax.regions import Connected, Star
 from volumejax.tree import wide
 
-__all__ = ["FIELDS", "PACES", "SHORT", "Ensemble", "Position", "Rung", "trajectories"]
+__all__ = ["CHEAP", "FIELDS", "PACES", "SHORT", "Ensemble", "Position", "Rung", "trajectories"]
 
 TRAJECTORIES, SHORT, PACES = 3, 12, (1.0, 0.3, 0.1)
 """Trajectories of one move at most, by how much fewer steps all but the first have, and the share of the step size that
 each takes: where a chain is held in a place much narrower than most, only the small ones move it."""
+CHEAP = 1000
+"""Below so many dimensions regions may have arms, where no one step and no one map fits: steps are spread, and maps
+stretch all leaves alike and slide none."""
 FIELDS = 3
 """Ways to move each leaf from one rung to the next: stretch it, stretch it by its softness, and slide it along b."""
 
@@ -178,7 +181,7 @@ class Ensemble(eqx.Module):
     @property
     def slides(self) -> bool:
         """Whether the prior pulls, and chains may follow: those of the star stay on their rays."""
-        return self.frame.pull is not None and not self.checks
+        return self.frame.pull is not None and not self.checks and self.dimension >= CHEAP
 
     def slide(self, metric: Metric, precision: Array, beta: Array) -> PyTree:
         """Return b/a times the square of each coordinate's share of a in its mean precision p, in turned coordinates.

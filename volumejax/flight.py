@@ -11,11 +11,11 @@ from jaxtyping import Array, Bool
 
 from volumejax import tree
 from volumejax.annealing import Record, begin, laid_out_like, pad, slopes, travel
-from volumejax.ensemble import FIELDS, SHORT, Ensemble, Position, Rung
+from volumejax.ensemble import CHEAP, FIELDS, SHORT, Ensemble, Position, Rung
 from volumejax.ladder import best_shares, trajectory_length
 from volumejax.metric import fit_metric, mass_power, plain_metric
 
-__all__ = ["CHEAP", "POOLED", "Flight", "Gait", "Stop", "joined", "leaf_sizes", "stretchings", "variances", "work_rate"]
+__all__ = ["POOLED", "Flight", "Gait", "Stop", "joined", "leaf_sizes", "stretchings", "variances", "work_rate"]
 
 _TARGET = 0.75
 """Acceptance that the step sizes are tuned to."""
@@ -28,9 +28,6 @@ POOLED = 4
 """Records that say together how the maps should stretch."""
 _ALIKE = 0.5
 """Of two log β, the difference up to which both tell the map to a third."""
-CHEAP = 1000
-"""Below so many dimensions regions may have arms, where no one step and no one map fits: steps are spread, and maps
-stretch all leaves alike."""
 _UNEVEN_SPREAD = 3.0
 """Where there are more, e-folds for each unit by which the power of the masses lies below 1, if trajectories are long:
 a chain that comes by a place far stiffer than most has to leave it again."""

@@ -278,7 +278,8 @@ def _smooth_work(survey: Survey, escort: float) -> tuple[Vector, Vector, Vector]
             shares[i] = best_shares(here, there, as_one=survey.as_one)
             rest = sum(float(np.sum((v - 0.5 * w @ shares[i]) ** 2)) for v, w in zip(here, there, strict=True))
             explained = rest <= _EXACT * sum(float(np.sum(v**2)) for v in here)
-            free = 1 if survey.as_one else np.count_nonzero(np.any(b[i], axis=(0, 1)))
+            # A block that is zero throughout is no share: nothing slides there.
+            free = np.count_nonzero(np.any(b[i], axis=(0, 1)))
             if explained or _samples(here) > _PER_SHARE * free:
                 break
         shares[i] *= escort

@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from volumejax.annealing import Record
-from volumejax.ensemble import Ensemble, Position
-from volumejax.flight import CHEAP, POOLED, Flight, Gait, Stop, joined, leaf_sizes, stretchings, variances, work_rate
+from volumejax.ensemble import CHEAP, Ensemble, Position
+from volumejax.flight import POOLED, Flight, Gait, Stop, joined, leaf_sizes, stretchings, variances, work_rate
 from volumejax.ladder import Survey
 from volumejax.metric import Metric
 
@@ -226,9 +226,14 @@ def _settle_beta(flight: Flight, stop: Stop, factor: float, until: float) -> tup
 
 
 def _lags(flight: Flight, record: Record, x: float, beta: float) -> bool:
-    """Whether B is positive on average beyond chance; one chain far behind would pass for a wide scatter of few."""
+    """Whether B is positive on average beyond chance; one chain far behind would pass for a wide scatter of few.
+
+    In few dimensions B is no Gaussian's.
+    """
     stretching = stretchings(flight.ensemble, record, x, beta).ravel()
-    scatter = min(float(np.std(stretching)), _SCATTER * flight.gaussian_scatter(x))
+    scatter = float(np.std(stretching))
+    if flight.ensemble.dimension >= CHEAP:
+        scatter = min(scatter, _SCATTER * flight.gaussian_scatter(x))
     return bool(np.mean(stretching) > _LAG * scatter / np.sqrt(len(stretching)))
 
 
