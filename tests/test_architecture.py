@@ -17,7 +17,7 @@ LAYERS = [
     ["spectrum"],
     ["coefficients", "exact", "results", "parallel", "diagnostics", "rows", "eigenpairs"],
     ["priors", "regions", "behaviours", "curvature", "lanczos", "langevin", "validation"],
-    ["reference", "proposals", "optax_moments", "boundary", "frames", "hessian"],
+    ["reference", "proposals", "optax_moments", "boundary", "frames", "hessian", "shear"],
     ["low_rank"],
     ["tempering"],
     ["casting", "tuning", "ensemble"],

@@ -3,7 +3,7 @@
 One compiled program serves every pass: the ladder is a table of fixed length and the route through it is data.
 """
 
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -76,10 +76,7 @@ def begin(
 
     def one(index: Array) -> Position:
         displacement = ensemble.frame.draw_reference(jax.random.fold_in(key, index), precision)
-        with jax.enable_x64(True):
-            cost = ensemble.value(displacement)
-            reach = ensemble.reach(displacement, cost)
-            return Position(displacement, cost, reach, ensemble.no_virials)
+        return ensemble.position(displacement)
 
     return jax.vmap(one)(spread(chains, mesh))
 
@@ -222,11 +219,13 @@ def _visit_one(
 
 
 @eqx.filter_jit
-def slopes(ensemble: Ensemble, positions: Position, batch_size: int | None) -> list[Float[Array, "chains ..."]]:
-    """Return the gradient of C in whitened coordinates where each chain stands, leaf by leaf."""
+def slopes(
+    ensemble: Ensemble, positions: Position, batch_size: int | None, beta: Any = 1.0
+) -> list[Float[Array, "chains ..."]]:
+    """Return the gradient of E + toll/β in whitened coordinates where each chain stands, leaf by leaf."""
 
     def one(displacement: PyTree) -> list[Array]:
-        return jax.tree.leaves(ensemble.value_and_slope(displacement)[1])
+        return jax.tree.leaves(ensemble.slope(displacement, jnp.asarray(beta, jnp.float32))[2])
 
     return jax.lax.map(one, positions.displacement, batch_size=batch_size or len(positions.cost))
 

@@ -49,6 +49,11 @@ class Behaviour(Function):
         """Return the cost of `params`."""
         return _mean(self, params)
 
+    def of_logits(self, logits: Float[Array, "examples ... classes"]) -> Float[Array, ""]:
+        """Return the cost of a network with these outputs on all examples."""
+        sums = _summed(self, logits, self.examples, jnp.ones(len(self.examples), bool))
+        return sums[0] / sums[1]
+
     @property
     def num_examples(self) -> int:
         """Number of examples, from which `on` selects."""
@@ -234,7 +239,10 @@ def _mean(behaviour: Behaviour, params: PyTree) -> Float[Array, ""]:
 
 def _sum(behaviour: Behaviour, params: PyTree, examples: Examples, fresh: Bool[Array, "batch"]) -> Float[Array, "2"]:
     """Return the summed measure over the positions that count, and their number."""
-    logits = behaviour.apply_fn(params, examples.inputs)
+    return _summed(behaviour, behaviour.apply_fn(params, examples.inputs), examples, fresh)
+
+
+def _summed(behaviour: Behaviour, logits: Array, examples: Examples, fresh: Bool[Array, "batch"]) -> Float[Array, "2"]:
     shape = check_logits(logits, examples)
     anchor_logits = examples.anchor_logits
     if behaviour.anchor_params is not None:

@@ -5,7 +5,8 @@ r"""The tethered, tempered ensemble around the anchor, in whitened coordinates.
 
 The guide E is the cost C(θ0 + s·δ) itself. For the star it is the mean of C at δ and at 0.7·δ: the segment to the
 anchor bulges out of a curved valley, and chains that feel only their own cost end their trajectories behind its wall.
-a is the prior's stiffness plus the tether κ. Nothing here knows what a network is.
+a is the prior's stiffness plus the tether κ. Where the cost has a shear, δ are its coordinates, in which the prior is
+off its own form by a toll that comes to U.
 """
 
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from volumejax import tree
 from volumejax.frames import Frame
 from volumejax.metric import Metric
 from volumejax.regions import Connected, Star
+from volumejax.shear import Shear
 from volumejax.tree import wide
 
 __all__ = ["CHEAP", "FIELDS", "PACES", "SHORT", "Ensemble", "Position", "Rung", "trajectories"]
@@ -50,6 +52,8 @@ class Position(eqx.Module):
     """The largest cost on the checked segment from the anchor (star), or C itself; float64 nats."""
     virials: Float[Array, "fields leaves"]
     """v·∇E of each leaf for each of the `fields` v, as a trajectory last measured it; float64, NaN before the first."""
+    toll: Float[Array, ""] | None = None
+    """What the prior is off in sheared coordinates, float64 nats; of U at every β but that of the reference, 0."""
 
 
 class Rung(eqx.Module):
@@ -91,6 +95,8 @@ class Ensemble(eqx.Module):
     cutoff: Float[Array, ""]
     region: Star | Connected = eqx.field(static=True)
     callers_x64: bool = eqx.field(static=True)
+    shear: Shear | None = None
+    """For the connected region under a Gaussian prior or none."""
 
     @property
     def dimension(self) -> int:
@@ -100,6 +106,38 @@ class Ensemble(eqx.Module):
     def value(self, displacement: PyTree) -> Float[Array, ""]:
         """Return the guide E as float64: C(θ0 + s·δ), or for the star its mean with C where segments bulge most."""
         return self._guide(displacement)[0]
+
+    def position(self, displacement: PyTree) -> Position:
+        """Return a chain that stands there and has not moved yet."""
+        with jax.enable_x64(True):
+            cost, _, toll = self._guide(displacement)
+            return Position(displacement, cost, self.reach(displacement, cost), self.no_virials, toll)
+
+    def slope(
+        self, displacement: PyTree, beta: Float[Array, ""]
+    ) -> tuple[Float[Array, ""], Float[Array, ""] | None, PyTree]:
+        """Return E and the toll as float64, and the gradient of E + toll/β in δ as float32; β float32."""
+        if self.shear is None:
+            cost, slope = self.value_and_slope(displacement)
+            return cost, None, slope
+        shear = self.shear
+
+        def felt(d: PyTree) -> tuple[Array, tuple[Array, Array]]:
+            cost, slip = shear(self.frame.params(d))
+            return cost + self._toll(d, slip) / beta, (cost, slip)
+
+        with jax.enable_x64(self.callers_x64):
+            (_, (cost, slip)), slope = jax.value_and_grad(felt, has_aux=True)(displacement)
+        with jax.enable_x64(True):
+            return wide(cost), self._toll(displacement, wide(slip)), slope
+
+    def _toll(self, displacement: PyTree, slip: Array) -> Array:
+        """Return ½ stiffness |δ|² + b·δ at the parameters that a place stands for, less that of the place itself."""
+        assert self.shear is not None
+        leaf, frame = self.shear.leaf, self.frame
+        lag = slip / jax.tree.leaves(frame.scale)[leaf]
+        toll = frame.stiffness * jnp.sum(lag * (jax.tree.leaves(displacement)[leaf] + 0.5 * lag))
+        return toll if frame.pull is None else toll + jnp.sum(jax.tree.leaves(frame.pull)[leaf] * lag)
 
     def value_and_slope(self, displacement: PyTree) -> tuple[Float[Array, ""], PyTree]:
         """Return E as float64 and its gradient in δ as float32."""
@@ -121,11 +159,16 @@ class Ensemble(eqx.Module):
         """Fractions of the segment from the anchor at which the cost holds the chains back."""
         return (1.0, _BULGE) if isinstance(self.region, Star) else (1.0,)
 
-    def _guide(self, displacement: PyTree) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Return E and C."""
+    def _guide(self, displacement: PyTree) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""] | None]:
+        """Return E, C and the toll."""
+        if self.shear is not None:
+            with jax.enable_x64(self.callers_x64):
+                cost, slip = self.shear(self.frame.params(displacement))
+            with jax.enable_x64(True):
+                return wide(cost), wide(cost), self._toll(displacement, wide(slip))
         costs = [self._cost_at(displacement, t) for t in self.guides]
         with jax.enable_x64(True):
-            return jnp.mean(jnp.stack(costs)), costs[0]
+            return jnp.mean(jnp.stack(costs)), costs[0], None
 
     def _cost_at(self, displacement: PyTree, t: Any) -> Float[Array, ""]:
         with jax.enable_x64(self.callers_x64):
@@ -161,7 +204,8 @@ class Ensemble(eqx.Module):
         """Return U, float64."""
         with jax.enable_x64(True):
             d = position.displacement
-            return beta * position.cost + 0.5 * precision * tree.dot(d, d) + self.frame.pulled(d)
+            energy = beta * position.cost + 0.5 * precision * tree.dot(d, d) + self.frame.pulled(d)
+            return energy if position.toll is None else energy + jnp.where(beta > 0.0, position.toll, 0.0)
 
     @property
     def no_virials(self) -> Float[Array, "fields leaves"]:
@@ -227,7 +271,7 @@ class Ensemble(eqx.Module):
             change = jax.tree.map(jnp.multiply, gains, metric.turned(d))
             change = metric.restored(change if shift is None else jax.tree.map(jnp.add, change, shift))
             moved = jax.tree.map(jnp.add, d, change)
-            cost, own = self._guide(moved)
+            cost, own, toll = self._guide(moved)
             # The star's image lies on the same ray: unless it is far out, its segment has been looked at but for the
             # end.
             reach = jnp.where(jnp.isnan(own), jnp.inf, own)
@@ -235,7 +279,7 @@ class Ensemble(eqx.Module):
                 seen = jnp.maximum(position.reach, reach)
                 is_far = jnp.max(jax.tree.leaves(gains)[0]) > 1.0 / self.checks
                 reach = jax.lax.cond(is_far, lambda: self.reach(moved, cost), lambda: seen)
-            image = Position(moved, cost, reach, position.virials)
+            image = Position(moved, cost, reach, position.virials, toll)
             rounded = jax.tree.map(lambda x, y: wide(x) - wide(y), moved, d)
             middle = jax.tree.map(lambda x, y: 0.5 * (wide(x) + wide(y)), moved, d)
             growth = jax.tree.reduce(jnp.add, jax.tree.map(lambda g: jnp.sum(jnp.log1p(wide(g))), gains))
@@ -247,5 +291,7 @@ class Ensemble(eqx.Module):
                 + self.frame.pulled(rounded)
                 - growth
             )
+            if toll is not None and position.toll is not None:
+                work = work + jnp.where(there[1] > 0.0, toll, 0.0) - jnp.where(here[1] > 0.0, position.toll, 0.0)
             inside = self.permits(image.reach, moved)
             return image, jnp.where(inside, work, jnp.inf)

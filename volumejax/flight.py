@@ -206,7 +206,7 @@ class Flight:
 
     def learn(self, x: float, beta: float, *, keep: int, settled: bool = False) -> None:
         """Fit the metric to the slopes where the chains stand now and stood at the visits before, `keep` at most."""
-        here = slopes(self.ensemble, self.positions, self.batch_size)
+        here = slopes(self.ensemble, self.positions, self.batch_size, jnp.float32(beta))
         self.gradients += 1
         self.slopes.append((beta, [np.asarray(leaf) for leaf in here]))
         numbers = self.ensemble.dimension * len(self.chains)

@@ -50,6 +50,7 @@ class _Flight(eqx.Module):
     """∇E in the turned coordinates."""
     first_slope: PyTree
     cost: Float[Array, ""]
+    toll: Float[Array, ""] | None
     legal: Bool[Array, ""]
     was_out: Bool[Array, ""]
     bounces: Int[Array, ""]
@@ -71,8 +72,7 @@ def hmc(
 
     def init(displacement: PyTree) -> Position:
         with jax.enable_x64(True):
-            cost = ensemble.value(displacement)
-            return Position(displacement, cost, ensemble.reach(displacement, cost), ensemble.no_virials)
+            return ensemble.position(displacement)
 
     def step(
         key: Key[Array, ""], position: Position, num_steps: Any = rung.num_steps, pace: Any = 1.0
@@ -111,7 +111,7 @@ def _trajectory(
         moves = i > 0
         place, velocity, folded = flow(flight.place, flight.velocity, moves)
         displacement = metric.restored(place)
-        cost, slope = ensemble.value_and_slope(displacement)
+        cost, toll, slope = ensemble.slope(displacement, beta)
         slope = metric.turned(slope)
         permitted = ensemble.permits(cost, displacement)
         share = jnp.where((i == 0) | (i == num_steps), jnp.float32(0.5), jnp.float32(1.0)) * h
@@ -125,6 +125,7 @@ def _trajectory(
             slope=slope,
             first_slope=jax.tree.map(lambda x, y: jnp.where(moves, x, y), flight.first_slope, slope),
             cost=cost,
+            toll=toll,
             legal=flight.legal & folded & ~broken & (permitted | ((i < num_steps) & ~flight.was_out)),
             was_out=~permitted,
             bounces=flight.bounces + (~permitted).astype(jnp.int32),
@@ -133,7 +134,7 @@ def _trajectory(
 
     no, yes, none = jnp.zeros((), bool), jnp.ones((), bool), jnp.zeros((), jnp.int32)
     place = metric.turned(start.displacement)
-    begun = _Flight(place, launch, place, place, start.cost, yes, no, none, none)
+    begun = _Flight(place, launch, place, place, start.cost, start.toll, yes, no, none, none)
     end = jax.lax.fori_loop(jnp.int32(0), num_steps + jnp.int32(1), advance, begun)
     arrived = metric.restored(end.place)
     reach = ensemble.reach(arrived, end.cost)
@@ -143,13 +144,15 @@ def _trajectory(
         + _quadratic_gain(ensemble, jnp.asarray(rung.precision), start.displacement, arrived)
         + _kinetic_gain(masses, launch, end.velocity)
     )
+    if end.toll is not None:
+        error = error + (end.toll - start.toll)
     acceptance = jnp.where(inside & jnp.isfinite(error), jnp.exp(-jnp.maximum(error, 0.0)), 0.0)
     taken = wide(chance) < acceptance
-    stayed = (start.displacement, start.cost, start.reach, begun.place, end.first_slope)
-    moved = (arrived, end.cost, reach, end.place, end.slope)
-    displacement, cost, reach, place, slope = jax.tree.map(lambda x, y: jnp.where(taken, x, y), moved, stayed)
+    stayed = (start.displacement, start.cost, start.reach, start.toll, begun.place, end.first_slope)
+    moved = (arrived, end.cost, reach, end.toll, end.place, end.slope)
+    displacement, cost, reach, toll, place, slope = jax.tree.map(lambda x, y: jnp.where(taken, x, y), moved, stayed)
     virials = jnp.stack([tree.leaf_dots(v, slope) for v in ensemble.fields(metric, precisions, (a, beta), place)])
-    position = Position(displacement, cost, reach, virials)
+    position = Position(displacement, cost, reach, virials, toll)
     return position, MoveInfo(acceptance, inside, end.bounces, end.non_finite)
 
 

@@ -26,13 +26,14 @@ from jaxtyping import Array, Float, Key, PyTree
 from volumejax import tree
 from volumejax.annealing import MOST_VISITS, Record, begin, pad, travel
 from volumejax.ensemble import Ensemble, Position, Rung
-from volumejax.frames import frame_of
+from volumejax.frames import Frame, frame_of
 from volumejax.ladder import kappa_ladder, temperature_ladder
 from volumejax.metric import Metric
 from volumejax.parallel import num_devices, require_threefry
 from volumejax.pilot import Pilot, fly
 from volumejax.regions import Connected, Star
 from volumejax.results import VolumeEstimate, last_estimate
+from volumejax.shear import Shear, find_shear
 from volumejax.summary import Plan, summarise
 from volumejax.tally import COOLING, HEATING, Tally
 from volumejax.validation import check_deterministic, check_question, evaluate, named
@@ -50,6 +51,8 @@ _PILOT, _KAPPA, _TEMPERATURE = 0.13, 0.38, 0.03
 _LEAST_CHAINS, _PILOT_CHAINS = 2, 4
 """Of each pass, and of the pilot, whose measurements are moments between chains."""
 _MOST_STEPS = 500
+_PLACES = 3
+"""Networks drawn from the prior at which a leaf is seen to be added to the outputs."""
 _FORWARDS = 3
 """Evaluations of the cost that a gradient is worth."""
 _LAST_VISITS = 24
@@ -213,13 +216,15 @@ def tether_stream(
             "raise the cutoff"
         )
     dimension = tree.size(params)
+    frame = frame_of(prior, params)
     with jax.enable_x64(True):
         ensemble = Ensemble(
             cost=cost,
-            frame=frame_of(prior, params),
+            frame=frame,
             cutoff=jnp.asarray(float(attainable), jnp.float64),
             region=region,
             callers_x64=bool(jax.config.read("jax_enable_x64")),
+            shear=_shear(cost, params, frame, region),
         )
     chains = default_num_chains(dimension) if num_chains is None else num_chains
     devices = num_devices(mesh)
@@ -240,6 +245,16 @@ def tether_stream(
         on_progress=on_progress or (lambda *_: None),
     )
     return run.stream()
+
+
+def _shear(cost: Any, params: PyTree, frame: Frame, region: Star | Connected) -> Shear | None:
+    """Return the shear of the cost where chains can use it: the star's segments and walls of a prior are straight."""
+    if isinstance(region, Star) or frame.walls is not None or frame.ball is not None:
+        return None
+    places = [params]
+    if frame.stiffness > 0.0:
+        places = [frame.params(frame.draw_prior(jax.random.key(i))) for i in range(_PLACES)]
+    return find_shear(cost, params, places)
 
 
 def default_num_chains(dimension: int) -> int:
