@@ -145,7 +145,7 @@ class ChainTrace(eqx.Module):
     """a = stiffness + κ; the first level is the reference, without the cost."""
     mean_cost: Float[Numbers, "2 levels"]
     mean_square: Float[Numbers, "2 levels"]
-    """Mean of |δ|² in whitened coordinates: the tether profile."""
+    """Mean of |δ|² in whitened coordinates, sheared ones where the cost has a shear: the tether profile."""
     acceptance: Float[Numbers, "2 levels"]
     inside: Float[Numbers, "2 levels"]
     """Share of trajectories that the region allowed."""
