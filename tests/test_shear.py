@@ -20,7 +20,7 @@ from volumejax.metric import plain_metric
 from volumejax.priors import Gaussian, Lebesgue, UniformBox
 from volumejax.regions import Connected, Star
 from volumejax.shear import find_shear
-from volumejax.tether import tether_stream, tether_volume
+from volumejax.tether import _shear, tether_stream, tether_volume
 
 CLASSES = 4
 WIDTHS = {"a": 0.7, "b": 1.3, "c": 0.4, "v": 0.9}
@@ -96,6 +96,56 @@ def test_a_leaf_that_is_added_at_the_anchor_alone_is_none(anchor, moved, inputs)
 
     assert find_shear(behaviours.kl_to_anchor(turning, anchor, inputs), anchor, []) is not None
     assert find_shear(behaviours.kl_to_anchor(turning, anchor, inputs), anchor, [moved]) is None
+
+
+@pytest.mark.parametrize("constant", [-1e4, -1e6, float(np.finfo(np.float32).min)])
+def test_an_output_that_is_a_constant_is_none(constant, anchor, moved, inputs):
+    """However large: what is too small to be seen beside it is not added to it."""
+
+    def closed(params, inputs):
+        return jnp.where(jnp.arange(CLASSES).reshape(1, 1, CLASSES) == 2, constant, network(params, inputs))
+
+    assert find_shear(behaviours.kl_to_anchor(closed, anchor, inputs), anchor, [moved]) is None
+
+
+def tied(params, inputs):
+    """The bias is added to the logits, and to hidden units that sleep at the anchor."""
+    b = params["b"].reshape(1, 1, CLASSES)
+    return jax.nn.relu(inputs @ params["a"] + b - 8.0) @ params["v"] + b
+
+
+def test_a_bias_that_wakes_hidden_units_elsewhere_is_no_offset_under_a_flat_prior(inputs):
+    anchor = {"a": jnp.zeros((3, CLASSES)), "b": jnp.zeros(CLASSES), "v": 3.0 * jnp.eye(CLASSES)}
+    cost = behaviours.kl_to_anchor(tied, anchor, inputs)
+    assert find_shear(cost, anchor, []) is not None
+    assert sheared(cost, anchor, Lebesgue()) is None
+
+
+def test_costs_that_are_not_what_the_coordinates_say_end_the_run(inputs, monkeypatch):
+    """Should a network's bias do other things where no draw came, no volume is told."""
+    anchor = {"a": jnp.zeros((3, CLASSES)), "b": jnp.zeros(CLASSES), "v": jnp.eye(CLASSES)}
+    cost = behaviours.kl_to_anchor(tied, anchor, inputs)
+    monkeypatch.setattr("volumejax.tether._shear", lambda *_: find_shear(cost, anchor, []))
+    with pytest.raises(RuntimeError, match=r"not what they were plus an offset.*lambda params: cost\(params\)"):
+        tether_volume(jax.random.key(0), cost, anchor, Gaussian(5.0), cutoff=1.0, effort=0.01, decades=0.0)
+
+
+def sheared(cost, params, prior):
+    """The shear that `tether_stream` takes."""
+    return _shear(cost, params, frame_of(prior, params), Connected(), 0.1)
+
+
+def test_a_prior_that_holds_the_offset_itself_has_none(anchor, inputs):
+    cost = behaviours.kl_to_anchor(network, anchor, inputs)
+    assert sheared(cost, anchor, Gaussian(WIDTHS)) is not None
+    assert sheared(cost, anchor, Gaussian({**WIDTHS, "b": 0.01})) is None
+    assert sheared(cost, anchor, Lebesgue()) is not None
+
+
+def test_curvature_in_the_offset_is_the_mean_over_directions(shear, anchor):
+    """Those that a softmax sees; the whole matrix by autodiff."""
+    matrix = jax.hessian(lambda b: shear.behaviour({**anchor, "b": b}))(anchor["b"])
+    assert np.isclose(shear.curvature(anchor), np.trace(matrix) / (CLASSES - 1), rtol=0.2)
 
 
 def test_other_costs_and_micro_batches_have_none(anchor, moved, inputs):
@@ -175,10 +225,21 @@ def test_the_reference_pays_no_toll(ensemble):
         assert float(free) == float(tree.dot(d, d) + ensemble.frame.pulled(d))
 
 
+def test_beyond_the_end_of_the_tether_the_toll_goes_with_the_prior(ensemble):
+    """½|δ|² of the parameters meant is then weaker, and not that of the coordinates alone."""
+    d, pull = place(ensemble), ensemble.frame.pull
+    with jax.enable_x64(True):
+        position = ensemble.position(d)
+        states = [(jnp.float64(a), jnp.float64(5.0)) for a in (1.0, 0.9)]
+        whole, weak = (float(ensemble.potential(position, *state)) - 5.0 * float(position.cost) for state in states)
+    along = sum(float(np.sum(np.asarray(pull[n], np.float64) * np.asarray(d[n], np.float64))) for n in d)
+    assert np.isclose(weak, 0.9 * (whole - along) + along, rtol=1e-6)
+
+
 @pytest.mark.parametrize("beta", [0.5, 40.0])
 def test_the_slope_is_that_of_cost_and_toll(ensemble, beta):
     d = place(ensemble)
-    cost, toll, slope = ensemble.slope(d, jnp.float32(beta))
+    cost, toll, slope = ensemble.slope(d, jnp.float32(1.0 / beta))
     position = ensemble.position(d)
     assert np.isclose(float(cost), float(position.cost), rtol=1e-6) and np.isclose(float(toll), float(position.toll))
 
@@ -198,7 +259,7 @@ def test_the_work_of_a_map_holds_the_toll(ensemble):
     gains = jax.tree.map(lambda x: jnp.full(x.shape, 0.05, jnp.float32), d)
     size = sum(x.size for x in d.values())
     with jax.enable_x64(True):
-        for here, there in (((4.0, 0.0), (4.0, 6.0)), ((4.0, 6.0), (3.0, 6.0))):
+        for here, there in (((4.0, 0.0), (4.0, 6.0)), ((4.0, 6.0), (3.0, 6.0)), ((4.0, 6.0), (4.0, 0.0))):
             a, b = (tuple(jnp.float64(v) for v in state) for state in (here, there))
             image, work = ensemble.carry(position, metric, gains, None, a, b)
             change = ensemble.potential(image, *b) - ensemble.potential(position, *a)

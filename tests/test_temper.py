@@ -291,3 +291,16 @@ def test_bad_questions_get_one_line_with_the_remedy(options, message):
     with pytest.raises(ValueError, match=message) as caught:
         vj.temper_volume(jax.random.key(0), asked.pop("cost"), asked.pop("prior"), **asked)
     assert "\n" not in str(caught.value)
+
+
+def test_the_cost_runs_in_the_callers_precision():
+    """Numbers that a network makes by itself are float32 there unless the caller asked for more."""
+    seen = []
+
+    def cost(params):
+        start = jnp.zeros(())
+        seen.append(start.dtype)
+        return 0.5 * jnp.sum(params**2) + start
+
+    vj.temper_volume(jax.random.key(0), cost, vj.Gaussian(1.0), like=jnp.zeros(2), cutoff=0.1, num_particles=128)
+    assert set(seen) == {jnp.dtype("float32")}

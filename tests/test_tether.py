@@ -349,3 +349,16 @@ def test_a_small_network_comes_out_as_in_longer_runs():
     assert estimate.std_error <= 1.0 and -95.0 <= estimate.lower <= -90.0
     rays = vj.ray_volume(jax.random.key(1), *question, cutoff=1e-2, num_rays=256)
     assert rays.log_mass < estimate.lower - 5.0
+
+
+def test_the_cost_runs_in_the_callers_precision():
+    """Numbers that a network makes by itself are float32 there unless the caller asked for more."""
+    seen = []
+
+    def cost(params):
+        start = jnp.zeros(())
+        seen.append(start.dtype)
+        return 0.5 * jnp.sum(params**2) + start
+
+    vj.tether_volume(jax.random.key(0), cost, jnp.zeros(2), vj.Gaussian(1.0), cutoff=0.1, effort=0.01, decades=0.0)
+    assert set(seen) == {jnp.dtype("float32")}

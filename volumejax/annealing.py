@@ -220,12 +220,12 @@ def _visit_one(
 
 @eqx.filter_jit
 def slopes(
-    ensemble: Ensemble, positions: Position, batch_size: int | None, beta: Any = 1.0
+    ensemble: Ensemble, positions: Position, batch_size: int | None, share_of_toll: Any = 0.0
 ) -> list[Float[Array, "chains ..."]]:
-    """Return the gradient of E + toll/β in whitened coordinates where each chain stands, leaf by leaf."""
+    """Return the gradient of E and of a share of the toll where each chain stands, in whitened coordinates, by leaf."""
 
     def one(displacement: PyTree) -> list[Array]:
-        return jax.tree.leaves(ensemble.slope(displacement, jnp.asarray(beta, jnp.float32))[2])
+        return jax.tree.leaves(ensemble.slope(displacement, jnp.asarray(share_of_toll, jnp.float32))[2])
 
     return jax.lax.map(one, positions.displacement, batch_size=batch_size or len(positions.cost))
 

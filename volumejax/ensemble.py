@@ -25,7 +25,7 @@ from volumejax.regions import Connected, Star
 from volumejax.shear import Shear
 from volumejax.tree import wide
 
-__all__ = ["CHEAP", "FIELDS", "PACES", "SHORT", "Ensemble", "Position", "Rung", "trajectories"]
+__all__ = ["CHEAP", "FIELDS", "PACES", "SHORT", "Ensemble", "Position", "Rung", "toll_share", "trajectories"]
 
 TRAJECTORIES, SHORT, PACES = 3, 12, (1.0, 0.3, 0.1)
 """Trajectories of one move at most, by how much fewer steps all but the first have, and the share of the step size that
@@ -53,7 +53,7 @@ class Position(eqx.Module):
     virials: Float[Array, "fields leaves"]
     """v·∇E of each leaf for each of the `fields` v, as a trajectory last measured it; float64, NaN before the first."""
     toll: Float[Array, ""] | None = None
-    """What the prior is off in sheared coordinates, float64 nats; of U at every β but that of the reference, 0."""
+    """What the prior is off in sheared coordinates, float64 nats; U has the `toll_share` of it."""
 
 
 class Rung(eqx.Module):
@@ -87,6 +87,14 @@ def trajectories(num_steps: Any, spread: Any) -> Any:
     return TRAJECTORIES - (TRAJECTORIES - 1) * ((spread == 0.0) & (num_steps < 2 * SHORT))
 
 
+def toll_share(precision: Any, beta: Any) -> Array:
+    """Return how much of the toll an ensemble has: all, but none at the reference, whose β is 0.
+
+    Beyond the end of the tether it goes with the rest of the prior.
+    """
+    return jnp.where(beta > 0.0, jnp.minimum(precision, 1.0), 0.0)
+
+
 class Ensemble(eqx.Module):
     """A cost, the frame of its prior, a region and a cutoff."""
 
@@ -114,9 +122,9 @@ class Ensemble(eqx.Module):
             return Position(displacement, cost, self.reach(displacement, cost), self.no_virials, toll)
 
     def slope(
-        self, displacement: PyTree, beta: Float[Array, ""]
+        self, displacement: PyTree, share: Float[Array, ""]
     ) -> tuple[Float[Array, ""], Float[Array, ""] | None, PyTree]:
-        """Return E and the toll as float64, and the gradient of E + toll/β in δ as float32; β float32."""
+        """Return E and the toll as float64, and the gradient of E + share · toll in δ as float32; the share float32."""
         if self.shear is None:
             cost, slope = self.value_and_slope(displacement)
             return cost, None, slope
@@ -124,7 +132,7 @@ class Ensemble(eqx.Module):
 
         def felt(d: PyTree) -> tuple[Array, tuple[Array, Array]]:
             cost, slip = shear(self.frame.params(d))
-            return cost + self._toll(d, slip) / beta, (cost, slip)
+            return cost + share * self._toll(d, slip), (cost, slip)
 
         with jax.enable_x64(self.callers_x64):
             (_, (cost, slip)), slope = jax.value_and_grad(felt, has_aux=True)(displacement)
@@ -205,7 +213,7 @@ class Ensemble(eqx.Module):
         with jax.enable_x64(True):
             d = position.displacement
             energy = beta * position.cost + 0.5 * precision * tree.dot(d, d) + self.frame.pulled(d)
-            return energy if position.toll is None else energy + jnp.where(beta > 0.0, position.toll, 0.0)
+            return energy if position.toll is None else energy + toll_share(precision, beta) * position.toll
 
     @property
     def no_virials(self) -> Float[Array, "fields leaves"]:
@@ -292,6 +300,6 @@ class Ensemble(eqx.Module):
                 - growth
             )
             if toll is not None and position.toll is not None:
-                work = work + jnp.where(there[1] > 0.0, toll, 0.0) - jnp.where(here[1] > 0.0, position.toll, 0.0)
+                work = work + toll_share(*there) * toll - toll_share(*here) * position.toll
             inside = self.permits(image.reach, moved)
             return image, jnp.where(inside, work, jnp.inf)

@@ -117,8 +117,10 @@ class Flight:
                 precision = jnp.float64(np.exp(x))
             start = jax.random.fold_in(self.key, 1_000_000 + attempt)
             self.positions = begin(self.ensemble, start, precision, self.chains, self.mesh)
-            reach = np.asarray(self.positions.reach) - self.anchor_cost
-            energy = beta * float(np.mean(np.where(np.isfinite(reach), np.abs(reach), np.inf)))
+            reach = beta * (np.asarray(self.positions.reach) - self.anchor_cost)
+            if self.positions.toll is not None:
+                reach = reach + np.asarray(self.positions.toll)
+            energy = float(np.mean(np.where(np.isfinite(reach), np.abs(reach), np.inf)))
             supported = np.mean(np.asarray(jax.vmap(self.ensemble.frame.supports)(self.positions.displacement)))
             if not np.isfinite(energy) or (self.ensemble.frame.walls is None and supported < 0.4):
                 x += 3.0
@@ -206,7 +208,7 @@ class Flight:
 
     def learn(self, x: float, beta: float, *, keep: int, settled: bool = False) -> None:
         """Fit the metric to the slopes where the chains stand now and stood at the visits before, `keep` at most."""
-        here = slopes(self.ensemble, self.positions, self.batch_size, jnp.float32(beta))
+        here = slopes(self.ensemble, self.positions, self.batch_size, jnp.float32(1.0 / beta))
         self.gradients += 1
         self.slopes.append((beta, [np.asarray(leaf) for leaf in here]))
         numbers = self.ensemble.dimension * len(self.chains)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from volumejax import tree
-from volumejax.ensemble import Ensemble, Position, Rung
+from volumejax.ensemble import Ensemble, Position, Rung, toll_share
 from volumejax.frames import Walls
 from volumejax.metric import Metric
 from volumejax.tree import wide
@@ -98,6 +98,7 @@ def _trajectory(
     h = h * jnp.exp(-lot * rung.spread.astype(jnp.float32))
     launch = jax.tree.map(lambda z, m: z / jnp.sqrt(m), noise, masses)
     num_steps = jnp.asarray(num_steps, jnp.int32)
+    share_of_toll = toll_share(a, beta) / jnp.where(beta > 0.0, beta, 1.0)
     walls = ensemble.frame.walls
     turns = _turns(ensemble, metric, h, a, masses)
 
@@ -111,7 +112,7 @@ def _trajectory(
         moves = i > 0
         place, velocity, folded = flow(flight.place, flight.velocity, moves)
         displacement = metric.restored(place)
-        cost, toll, slope = ensemble.slope(displacement, beta)
+        cost, toll, slope = ensemble.slope(displacement, share_of_toll)
         slope = metric.turned(slope)
         permitted = ensemble.permits(cost, displacement)
         share = jnp.where((i == 0) | (i == num_steps), jnp.float32(0.5), jnp.float32(1.0)) * h
@@ -145,7 +146,7 @@ def _trajectory(
         + _kinetic_gain(masses, launch, end.velocity)
     )
     if end.toll is not None:
-        error = error + (end.toll - start.toll)
+        error = error + toll_share(rung.precision, rung.beta) * (end.toll - start.toll)
     acceptance = jnp.where(inside & jnp.isfinite(error), jnp.exp(-jnp.maximum(error, 0.0)), 0.0)
     taken = wide(chance) < acceptance
     stayed = (start.displacement, start.cost, start.reach, start.toll, begun.place, end.first_slope)

@@ -155,13 +155,14 @@ def release(
         num_chains: chains.
         num_steps: mean leapfrog steps of a trajectory.
     """
+    callers_x64 = bool(jax.config.read("jax_enable_x64"))
     with jax.enable_x64(True):
         ensemble = Ensemble(
             cost=cost,
             frame=frame,
             cutoff=jnp.asarray(jnp.inf, jnp.float64),
             region=Connected(),
-            callers_x64=bool(jax.config.read("jax_enable_x64")),
+            callers_x64=callers_x64,
         )
     journey = _Journey(ensemble, key, beta, num_steps)
     journey.start(max(precision, 1.0), num_chains)

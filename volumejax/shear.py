@@ -18,15 +18,15 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from volumejax.behaviours import Behaviour
 
 __all__ = ["Shear", "find_shear"]
 
-_EXACT = 1e-4
-"""Up to so much of the largest logit."""
+_EXACT = 1e-3
+"""Share of the push up to which a logit may miss it, and of the cost up to which it may be off."""
+_PROBES = 16
 
 
 class Shear(eqx.Module):
@@ -36,14 +36,22 @@ class Shear(eqx.Module):
     leaf: int = eqx.field(static=True)
     """Its place among the leaves of the parameters."""
     origin: Float[Array, "classes"]
-    """The mean of the logits at the anchor less the leaf there."""
+    """The mean of the logits at the anchor less the leaf there, less its mean over classes."""
 
     def __call__(self, params: PyTree) -> tuple[Float[Array, ""], Float[Array, "classes"]]:
         """Return the cost, and what comes to the leaf b' of `params`: b − b'; both float32."""
-        examples = self.behaviour.examples
-        logits = self.behaviour.apply_fn(params, examples.inputs).astype(jnp.float32)
-        slip = self.origin - _centre(logits, examples.mask, jax.tree.leaves(params)[self.leaf])
+        logits = _outputs(self.behaviour, params)
+        slip = self.origin - _centre(logits, self.behaviour.examples.mask, jax.tree.leaves(params)[self.leaf])
         return self.behaviour.of_logits(_added(logits, slip)), slip
+
+    def curvature(self, params: PyTree) -> float:
+        """Return the mean second derivative of the cost in the offset there, in nats per square of it."""
+        logits = _outputs(self.behaviour, params)
+        probes = jax.random.rademacher(jax.random.key(0), (_PROBES, logits.shape[-1]), jnp.float32)
+        probes = probes - jnp.mean(probes, axis=1, keepdims=True)
+        slope = jax.grad(lambda offset: self.behaviour.of_logits(_added(logits, offset)))
+        turned = jax.vmap(lambda v: jax.jvp(slope, (jnp.zeros_like(v),), (v,))[1])(probes)
+        return float(jnp.sum(probes * turned) / jnp.sum(jnp.square(probes)))
 
     def restored(self, params: PyTree) -> PyTree:
         """Return the parameters that (θ, b') stand for."""
@@ -60,39 +68,50 @@ def find_shear(cost: Any, params: PyTree, places: list[PyTree]) -> Shear | None:
     Args:
         cost: to be looked at.
         params: the anchor.
-        places: parameters, drawn from the prior, at which to look besides.
+        places: other parameters at which to look.
     """
-    if not isinstance(cost, Behaviour):
+    if not isinstance(cost, Behaviour) or (cost.batch_size is not None and cost.batch_size < cost.num_examples):
         return None
-    examples = cost.examples
-    if cost.batch_size is not None and cost.batch_size < len(examples):
-        return None
-    outputs = jax.jit(lambda p: cost.apply_fn(p, examples.inputs).astype(jnp.float32))
-    logits = [outputs(p) for p in (params, *places)]
-    leaves, treedef = jax.tree.flatten(params)
-    for i, leaf in enumerate(leaves):
-        if leaf.shape != logits[0].shape[-1:] or leaf.dtype != jnp.float32:
-            continue
-        push = jnp.asarray(np.random.default_rng(0).normal(size=leaf.shape), jnp.float32)
-        push = push * (1.0 + jnp.max(jnp.abs(leaf)))
-
-        def pushed(place: PyTree, i: int = i, push: Array = push) -> Array:
-            moved = jax.tree.leaves(place)
-            moved[i] = moved[i] + push
-            return outputs(treedef.unflatten(moved))
-
-        if all(_is_added(pushed(p), found, push) for p, found in zip((params, *places), logits, strict=True)):
-            return Shear(cost, i, _centre(logits[0], examples.mask, leaf))
+    classes = jax.eval_shape(cost.apply_fn, params, cost.examples.inputs).shape[-1:]
+    leaves = jax.tree.leaves(params)
+    fitting = [i for i, leaf in enumerate(leaves) if leaf.shape == classes and leaf.dtype == jnp.float32]
+    for i in fitting:
+        if all(bool(_is_added(cost, i, place)) for place in (params, *places)):
+            logits = _outputs(cost, params)
+            shear = Shear(cost, i, _centre(logits, cost.examples.mask, leaves[i]))
+            if all(_agrees(shear, place) for place in (params, *places)):
+                return shear
     return None
+
+
+def _outputs(behaviour: Behaviour, params: PyTree) -> Array:
+    return behaviour.apply_fn(params, behaviour.examples.inputs).astype(jnp.float32)
+
+
+@eqx.filter_jit
+def _is_added(behaviour: Behaviour, leaf: int, params: PyTree) -> Array:
+    """Return whether a push of the leaf is seen in each logit that counts, as it is and above its rounding."""
+    leaves, treedef = jax.tree.flatten(params)
+    classes = leaves[leaf].size
+    before, mask = _outputs(behaviour, params), behaviour.examples.mask
+    counts = jnp.ones((), bool) if mask is None else mask[..., None]
+    size = 1.0 + jnp.max(jnp.abs(leaves[leaf])) + jnp.max(jnp.abs(jnp.where(counts, before, 0.0)))
+    push = size * jnp.linspace(1.0, 2.0, classes) * (-1.0) ** jnp.arange(classes)
+    leaves[leaf] = leaves[leaf] + push
+    off = jnp.abs(_outputs(behaviour, treedef.unflatten(leaves)) - _added(before, push))
+    return jnp.all((off <= _EXACT * size) | ~counts)
+
+
+def _agrees(shear: Shear, params: PyTree) -> bool:
+    """Return whether the cost is that of the parameters meant."""
+    cost, slip = eqx.filter_jit(shear)(params)
+    return bool(jnp.all(jnp.isfinite(slip))) and bool(
+        jnp.isclose(cost, shear.behaviour(shear.restored(params)), rtol=_EXACT, atol=_EXACT)
+    )
 
 
 def _added(logits: Array, offset: Array) -> Array:
     return logits + offset.reshape((1,) * (logits.ndim - 1) + (-1,))
-
-
-def _is_added(moved: Array, logits: Array, push: Array) -> bool:
-    off = jnp.max(jnp.abs(moved - _added(logits, push)))
-    return bool(off <= _EXACT * jnp.maximum(jnp.max(jnp.abs(logits)), jnp.max(jnp.abs(push))))
 
 
 def _centre(logits: Array, mask: Array | None, offset: Array) -> Float[Array, "classes"]:
@@ -103,5 +122,5 @@ def _centre(logits: Array, mask: Array | None, offset: Array) -> Float[Array, "c
     else:
         keep = mask.reshape(-1, 1)
         mean = jnp.sum(jnp.where(keep, rows, 0.0), axis=0) / jnp.sum(keep)
-    without = mean - offset.astype(jnp.float32)
+    without = mean - offset
     return without - jnp.mean(without)

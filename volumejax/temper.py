@@ -232,13 +232,14 @@ def temper_stream(
     devices = num_devices(mesh)
     at_once = -(-num_islands // _PILOT_SHARE) if batch_size is None else min(batch_size, num_islands)
     chunk = -(-at_once // devices) * devices
+    callers_x64 = bool(jax.config.read("jax_enable_x64"))
     with jax.enable_x64(True):
         ensemble = Ensemble(
             cost=cost,
             frame=frame_of(prior, middle),
             cutoff=jnp.asarray(jnp.inf, jnp.float64),
             region=Connected(),
-            callers_x64=bool(jax.config.read("jax_enable_x64")),
+            callers_x64=callers_x64,
         )
     each = -(-num_particles // num_islands)
     run = _Run(

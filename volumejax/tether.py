@@ -51,8 +51,10 @@ _PILOT, _KAPPA, _TEMPERATURE = 0.13, 0.38, 0.03
 _LEAST_CHAINS, _PILOT_CHAINS = 2, 4
 """Of each pass, and of the pilot, whose measurements are moments between chains."""
 _MOST_STEPS = 500
-_PLACES = 3
-"""Networks drawn from the prior at which a leaf is seen to be added to the outputs."""
+_PLACES = (1.0, 1.0, 100.0)
+"""Precisions, relative to the prior's, of the draws at which a leaf is seen to be added to the outputs."""
+_MEANT = 0.01
+"""Share of the cutoff by which a cost in sheared coordinates may be off."""
 _FORWARDS = 3
 """Evaluations of the cost that a gradient is worth."""
 _LAST_VISITS = 24
@@ -218,15 +220,17 @@ def tether_stream(
             "raise the cutoff"
         )
     dimension = tree.size(params)
-    frame = frame_of(prior, params)
+    frame, callers_x64 = frame_of(prior, params), bool(jax.config.read("jax_enable_x64"))
+    room = float(attainable) - anchor_cost
+    shear = _shear(cost, params, frame, region, room)
     with jax.enable_x64(True):
         ensemble = Ensemble(
             cost=cost,
             frame=frame,
             cutoff=jnp.asarray(float(attainable), jnp.float64),
             region=region,
-            callers_x64=bool(jax.config.read("jax_enable_x64")),
-            shear=_shear(cost, params, frame, region),
+            callers_x64=callers_x64,
+            shear=shear,
         )
     chains = default_num_chains(dimension) if num_chains is None else num_chains
     devices = num_devices(mesh)
@@ -249,14 +253,20 @@ def tether_stream(
     return run.stream()
 
 
-def _shear(cost: Any, params: PyTree, frame: Frame, region: Star | Connected) -> Shear | None:
+def _shear(cost: Any, params: PyTree, frame: Frame, region: Star | Connected, room: float) -> Shear | None:
     """Return the shear of the cost where chains can use it: the star's segments and walls of a prior are straight."""
     if isinstance(region, Star) or frame.walls is not None or frame.ball is not None:
         return None
-    places = [params]
-    if frame.stiffness > 0.0:
-        places = [frame.params(frame.draw_prior(jax.random.key(i))) for i in range(_PLACES)]
-    return find_shear(cost, params, places)
+    places = [
+        frame.params(frame.draw_reference(jax.random.key(i), jnp.float32(precision)))
+        for i, precision in enumerate(_PLACES)
+    ]
+    shear = find_shear(cost, params, places)
+    if shear is None or frame.stiffness == 0.0:
+        return shear
+    # A prior that holds the offset tighter than the cost holds the mean of the logits would hold all else by it.
+    held = float(jnp.max(jnp.square(1.0 / jax.tree.leaves(frame.scale)[shear.leaf])))
+    return shear if held < shear.curvature(params) * 0.5 * tree.size(params) / room else None
 
 
 def default_num_chains(dimension: int) -> int:
@@ -378,6 +388,7 @@ class _Run:
                     self.on_progress(leg.stage, share)
                     yield summarise(tally, plan, positions.cost, each * (spent + spent_here), share, final=False)
                 spent += _gradients(leg)
+            _require_meant(ensemble, positions)
             if last_pass:
                 yield summarise(tally, plan, positions.cost, each * spent, 1.0, final=True, noise=noise)
             else:
@@ -432,6 +443,29 @@ def _rounding(ensemble: Ensemble, positions: Position) -> Float[Array, ""]:
         exact = jax.lax.map(ensemble.value, positions.displacement)
     with jax.enable_x64(True):
         return jnp.sqrt(jnp.mean(jnp.square(exact - positions.cost)))
+
+
+def _require_meant(ensemble: Ensemble, positions: Position) -> None:
+    """Raise a RuntimeError if the cost of a chain's parameters is not what its sheared coordinates said."""
+    if ensemble.shear is None:
+        return
+    off = float(jnp.max(_off(ensemble, positions)))
+    if off > _MEANT * float(ensemble.cutoff):
+        raise RuntimeError(
+            f"the network's outputs are not what they were plus an offset where chains came: costs are up to "
+            f"{off:.3g} nats off; pass `lambda params: cost(params)` in place of the behaviour"
+        )
+
+
+@eqx.filter_jit
+def _off(ensemble: Ensemble, positions: Position) -> Float[Array, "chains"]:
+    def one(args: tuple[PyTree, Array]) -> Array:
+        displacement, cost = args
+        assert ensemble.shear is not None
+        meant = ensemble.shear.restored(ensemble.frame.params(displacement))
+        return jnp.abs(ensemble.cost(meant) - cost.astype(jnp.float32))
+
+    return jax.lax.map(one, (positions.displacement, positions.cost))
 
 
 def _gradients(leg: _Leg) -> int:
