@@ -23,13 +23,14 @@ import numpy as np
 import volumejax as vj
 from volumejax import tree
 from volumejax.diagnostics import chain_mean
-from volumejax.ensemble import Ensemble, Position, Rung
+from volumejax.ensemble import FIELDS, Ensemble, Position, Rung
 from volumejax.frames import frame_of
 from volumejax.kernels import hmc
 from volumejax.ladder import trajectory_length
 from volumejax.metric import UNKNOWN, Metric, plain_metric
 from volumejax.parallel import local_mesh, use_every_core
 from volumejax.pilot import Pilot, fly
+from volumejax.shear import find_shear
 from volumejax.tasks.digits import digits_task
 
 CHAINS = 4
@@ -52,7 +53,7 @@ def main() -> None:
     with jax.enable_x64(True):
         ensemble = Ensemble(
             cost=task.cost, frame=frame_of(vj.Gaussian(sigma), task.params), cutoff=jnp.float64(1e-2),
-            region=vj.Connected(), callers_x64=False,
+            region=vj.Connected(), callers_x64=False, shear=find_shear(task.cost, task.params, []),
         )  # fmt: skip
     pilot = fly(
         ensemble, jax.random.key(0), chains=CHAINS, budget=15_600.0, anchor_cost=0.0, beta_factor=1.0,
@@ -98,7 +99,7 @@ def own(ensemble: Ensemble, pilot: Pilot, metric: Metric, length: float, gradien
             precision=jnp.float64(np.exp(survey.x[-1])), beta=jnp.float64(survey.beta),
             masses=jnp.asarray(1.0 / survey.leaf_variance[-1], jnp.float64), step_size=jnp.float64(1.0),
             spread=jnp.float64(0.0), num_steps=np.int32(1), num_moves=np.int32(1),
-            stretch=jnp.zeros(2 * len(survey.leaf_sizes), jnp.float64),
+            stretch=jnp.zeros(FIELDS * len(survey.leaf_sizes), jnp.float64),
         )  # fmt: skip
     _, step = hmc(ensemble, rung, metric)
 
@@ -124,10 +125,7 @@ def mclmc(ensemble: Ensemble, pilot: Pilot, how: tuple[Any, int], length: float,
         return metric.restored(jax.tree.map(lambda x, m: x / jnp.sqrt(m), z, masses))
 
     def log_density(z: Any) -> Any:
-        d = displacement(z)
-        pulled = sum(jnp.sum(x * b) for x, b in zip(*map(jax.tree.leaves, (d, ensemble.frame.pull)), strict=True))
-        square = sum(jnp.sum(x * x) for x in jax.tree.leaves(d))
-        return -(beta * ensemble.cost(ensemble.frame.params(d)) + 0.5 * a * square + pulled)
+        return -ensemble.potential(ensemble.position(displacement(z)), a, beta).astype(jnp.float32)
 
     def move(key: Any, state: Any, num_steps: Any, size: Any) -> tuple:
         size = jnp.asarray(size, jnp.float32) * speed
