@@ -23,7 +23,7 @@ import numpy as np
 import volumejax as vj
 from volumejax import tree
 from volumejax.diagnostics import chain_mean
-from volumejax.ensemble import FIELDS, Ensemble, Position, Rung
+from volumejax.ensemble import FIELDS, Ensemble, Position, Rung, ensemble_of
 from volumejax.frames import frame_of
 from volumejax.kernels import hmc
 from volumejax.ladder import trajectory_length
@@ -50,11 +50,8 @@ def main() -> None:
 
     task = digits_task()
     sigma = task.rms if options.sigma == "rms" else float(options.sigma)
-    with jax.enable_x64(True):
-        ensemble = Ensemble(
-            cost=task.cost, frame=frame_of(vj.Gaussian(sigma), task.params), cutoff=jnp.float64(1e-2),
-            region=vj.Connected(), callers_x64=False, shear=find_shear(task.cost, task.params, []),
-        )  # fmt: skip
+    shear = find_shear(task.cost, task.params, [])
+    ensemble = ensemble_of(task.cost, frame_of(vj.Gaussian(sigma), task.params), cutoff=1e-2, shear=shear)
     pilot = fly(
         ensemble, jax.random.key(0), chains=CHAINS, budget=15_600.0, anchor_cost=0.0, beta_factor=1.0,
         batch_size=None, mesh=local_mesh(CHAINS), on_progress=lambda _: None,

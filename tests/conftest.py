@@ -230,3 +230,16 @@ def make_trace():
         return ChainTrace(**{**values, **fields})
 
     return make
+
+
+@pytest.fixture
+def own_number():
+    """A cost that makes a number by itself, and the list of the types that this had when it was called."""
+    seen = []
+
+    def cost(params):
+        start = jnp.zeros(())
+        seen.append(start.dtype)
+        return 0.5 * jnp.sum(params**2) + start
+
+    return cost, seen

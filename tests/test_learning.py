@@ -252,14 +252,8 @@ def test_misuse_names_the_remedy(call, message):
         call((jax.random.key(0), lambda w: jnp.sum(w**2), jnp.zeros(3)))
 
 
-def test_the_cost_runs_in_the_callers_precision():
+def test_the_cost_runs_in_the_callers_precision(own_number):
     """Numbers that a network makes by itself are float32 there unless the caller asked for more."""
-    seen = []
-
-    def cost(params):
-        start = jnp.zeros(())
-        seen.append(start.dtype)
-        return 0.5 * jnp.sum(params**2) + start
-
+    cost, seen = own_number
     vj.learning_coefficient(jax.random.key(0), cost, jnp.zeros(2), vj.Gaussian(1.0), beta=10.0)
     assert set(seen) == {jnp.dtype("float32")}

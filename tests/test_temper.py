@@ -293,14 +293,8 @@ def test_bad_questions_get_one_line_with_the_remedy(options, message):
     assert "\n" not in str(caught.value)
 
 
-def test_the_cost_runs_in_the_callers_precision():
+def test_the_cost_runs_in_the_callers_precision(own_number):
     """Numbers that a network makes by itself are float32 there unless the caller asked for more."""
-    seen = []
-
-    def cost(params):
-        start = jnp.zeros(())
-        seen.append(start.dtype)
-        return 0.5 * jnp.sum(params**2) + start
-
+    cost, seen = own_number
     vj.temper_volume(jax.random.key(0), cost, vj.Gaussian(1.0), like=jnp.zeros(2), cutoff=0.1, num_particles=128)
     assert set(seen) == {jnp.dtype("float32")}

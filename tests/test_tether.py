@@ -351,14 +351,8 @@ def test_a_small_network_comes_out_as_in_longer_runs():
     assert rays.log_mass < estimate.lower - 5.0
 
 
-def test_the_cost_runs_in_the_callers_precision():
+def test_the_cost_runs_in_the_callers_precision(own_number):
     """Numbers that a network makes by itself are float32 there unless the caller asked for more."""
-    seen = []
-
-    def cost(params):
-        start = jnp.zeros(())
-        seen.append(start.dtype)
-        return 0.5 * jnp.sum(params**2) + start
-
+    cost, seen = own_number
     vj.tether_volume(jax.random.key(0), cost, jnp.zeros(2), vj.Gaussian(1.0), cutoff=0.1, effort=0.01, decades=0.0)
     assert set(seen) == {jnp.dtype("float32")}

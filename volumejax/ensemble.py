@@ -9,6 +9,7 @@ a is the prior's stiffness plus the tether κ. Where the cost has a shear, δ ar
 off its own form by a toll that comes to U.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,18 @@ from volumejax.regions import Connected, Star
 from volumejax.shear import Shear
 from volumejax.tree import wide
 
-__all__ = ["CHEAP", "FIELDS", "PACES", "SHORT", "Ensemble", "Position", "Rung", "toll_share", "trajectories"]
+__all__ = [
+    "CHEAP",
+    "FIELDS",
+    "PACES",
+    "SHORT",
+    "Ensemble",
+    "Position",
+    "Rung",
+    "ensemble_of",
+    "toll_share",
+    "trajectories",
+]
 
 TRAJECTORIES, SHORT, PACES = 3, 12, (1.0, 0.3, 0.1)
 """Trajectories of one move at most, by how much fewer steps all but the first have, and the share of the step size that
@@ -51,7 +63,8 @@ class Position(eqx.Module):
     reach: Float[Array, ""]
     """The largest cost on the checked segment from the anchor (star), or C itself; float64 nats."""
     virials: Float[Array, "fields leaves"]
-    """v·∇E of each leaf for each of the `fields` v, as a trajectory last measured it; float64, NaN before the first."""
+    """v·∇(E + toll/β) of each leaf for each of the `fields` v, as a trajectory last measured it; float64, NaN before
+    any."""
     toll: Float[Array, ""] | None = None
     """What the prior is off in sheared coordinates, float64 nats; U has the `toll_share` of it."""
 
@@ -303,3 +316,17 @@ class Ensemble(eqx.Module):
                 work = work + toll_share(*there) * toll - toll_share(*here) * position.toll
             inside = self.permits(image.reach, moved)
             return image, jnp.where(inside, work, jnp.inf)
+
+
+def ensemble_of(
+    cost: Callable[[PyTree], Float[Array, ""]],
+    frame: Frame,
+    *,
+    cutoff: float = math.inf,
+    region: Star | Connected = Connected(),  # noqa: B008 - frozen and stateless
+    shear: Shear | None = None,
+) -> Ensemble:
+    """Return the ensemble of a question; the cost will run in the precision that its caller has set by now."""
+    callers_x64 = bool(jax.config.read("jax_enable_x64"))
+    with jax.enable_x64(True):
+        return Ensemble(cost, frame, jnp.asarray(cutoff, jnp.float64), region, callers_x64, shear)

@@ -70,17 +70,13 @@ def hmc(
     `pace` multiplies the step size.
     """
 
-    def init(displacement: PyTree) -> Position:
-        with jax.enable_x64(True):
-            return ensemble.position(displacement)
-
     def step(
         key: Key[Array, ""], position: Position, num_steps: Any = rung.num_steps, pace: Any = 1.0
     ) -> tuple[Position, MoveInfo]:
         with jax.enable_x64(True):
             return _trajectory(ensemble, rung, metric, key, position, num_steps, pace)
 
-    return init, step
+    return ensemble.position, step
 
 
 def _trajectory(

@@ -25,11 +25,10 @@ from numpy.typing import NDArray
 
 from volumejax import tree
 from volumejax.annealing import begin, slopes
-from volumejax.ensemble import FIELDS, Ensemble, Position, Rung
+from volumejax.ensemble import FIELDS, Ensemble, Position, Rung, ensemble_of
 from volumejax.frames import Frame
 from volumejax.kernels import hmc
 from volumejax.metric import Metric, fit_metric, plain_metric
-from volumejax.regions import Connected
 
 __all__ = ["Pilot", "release", "sample"]
 
@@ -155,15 +154,7 @@ def release(
         num_chains: chains.
         num_steps: mean leapfrog steps of a trajectory.
     """
-    callers_x64 = bool(jax.config.read("jax_enable_x64"))
-    with jax.enable_x64(True):
-        ensemble = Ensemble(
-            cost=cost,
-            frame=frame,
-            cutoff=jnp.asarray(jnp.inf, jnp.float64),
-            region=Connected(),
-            callers_x64=callers_x64,
-        )
+    ensemble = ensemble_of(cost, frame)
     journey = _Journey(ensemble, key, beta, num_steps)
     journey.start(max(precision, 1.0), num_chains)
     begun = journey.precision

@@ -27,6 +27,7 @@ __all__ = ["Shear", "find_shear"]
 _EXACT = 1e-3
 """Share of the push up to which a logit may miss it, and of the cost up to which it may be off."""
 _PROBES = 16
+"""Directions over which a second derivative is averaged."""
 
 
 class Shear(eqx.Module):
@@ -76,9 +77,8 @@ def find_shear(cost: Any, params: PyTree, places: list[PyTree]) -> Shear | None:
     leaves = jax.tree.leaves(params)
     fitting = [i for i, leaf in enumerate(leaves) if leaf.shape == classes and leaf.dtype == jnp.float32]
     for i in fitting:
-        if all(bool(_is_added(cost, i, place)) for place in (params, *places)):
-            logits = _outputs(cost, params)
-            shear = Shear(cost, i, _centre(logits, cost.examples.mask, leaves[i]))
+        if all(_is_added(cost, i, place) for place in (params, *places)):
+            shear = Shear(cost, i, _centre(_outputs(cost, params), cost.examples.mask, leaves[i]))
             if all(_agrees(shear, place) for place in (params, *places)):
                 return shear
     return None
@@ -102,12 +102,12 @@ def _is_added(behaviour: Behaviour, leaf: int, params: PyTree) -> Array:
     return jnp.all((off <= _EXACT * size) | ~counts)
 
 
-def _agrees(shear: Shear, params: PyTree) -> bool:
+@eqx.filter_jit
+def _agrees(shear: Shear, params: PyTree) -> Array:
     """Return whether the cost is that of the parameters meant."""
-    cost, slip = eqx.filter_jit(shear)(params)
-    return bool(jnp.all(jnp.isfinite(slip))) and bool(
-        jnp.isclose(cost, shear.behaviour(shear.restored(params)), rtol=_EXACT, atol=_EXACT)
-    )
+    cost, slip = shear(params)
+    meant = shear.behaviour(shear.restored(params))
+    return jnp.all(jnp.isfinite(slip)) & jnp.isclose(cost, meant, rtol=_EXACT, atol=_EXACT)
 
 
 def _added(logits: Array, offset: Array) -> Array:
@@ -116,11 +116,6 @@ def _added(logits: Array, offset: Array) -> Array:
 
 def _centre(logits: Array, mask: Array | None, offset: Array) -> Float[Array, "classes"]:
     """Return the mean of the logits less the offset over the positions that count, less its own mean over classes."""
-    rows = logits.reshape(-1, logits.shape[-1])
-    if mask is None:
-        mean = jnp.mean(rows, axis=0)
-    else:
-        keep = mask.reshape(-1, 1)
-        mean = jnp.sum(jnp.where(keep, rows, 0.0), axis=0) / jnp.sum(keep)
-    without = mean - offset
+    counts = None if mask is None else mask.reshape(-1, 1)
+    without = jnp.mean(logits.reshape(-1, logits.shape[-1]), axis=0, where=counts) - offset
     return without - jnp.mean(without)

@@ -27,14 +27,13 @@ from volumejax.annealing import pad, slopes
 from volumejax.chains import Curve
 from volumejax.descent import Course, Seen, Way, mean_cost, next_beta, reduced, share_done, share_inside, useful_levels
 from volumejax.diagnostics import certified_lower, effective_sample_size, log_share_upper, skewed_mean_error
-from volumejax.ensemble import Ensemble
+from volumejax.ensemble import Ensemble, ensemble_of
 from volumejax.frames import frame_of
 from volumejax.islands import IslandTrace
 from volumejax.metric import Metric, fit_metric, plain_metric
 from volumejax.parallel import num_devices, require_threefry
 from volumejax.particles import MOST_LEVELS, Ladder, Swarm, Visit, descend, mean_squares, populate
 from volumejax.priors import Gaussian, Lebesgue, UniformBall, UniformBox
-from volumejax.regions import Connected
 from volumejax.results import BoundKind, Kind, VolumeEstimate, last_estimate
 from volumejax.validation import check_deterministic, check_question, check_region, named
 
@@ -232,18 +231,9 @@ def temper_stream(
     devices = num_devices(mesh)
     at_once = -(-num_islands // _PILOT_SHARE) if batch_size is None else min(batch_size, num_islands)
     chunk = -(-at_once // devices) * devices
-    callers_x64 = bool(jax.config.read("jax_enable_x64"))
-    with jax.enable_x64(True):
-        ensemble = Ensemble(
-            cost=cost,
-            frame=frame_of(prior, middle),
-            cutoff=jnp.asarray(jnp.inf, jnp.float64),
-            region=Connected(),
-            callers_x64=callers_x64,
-        )
     each = -(-num_particles // num_islands)
     run = _Run(
-        ensemble=ensemble,
+        ensemble=ensemble_of(cost, frame_of(prior, middle)),
         key=key,
         cutoff=float(attainable),
         prior_term=math.nan if anchor is None else float(prior.anchor_term(anchor)),

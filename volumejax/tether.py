@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from volumejax import tree
 from volumejax.annealing import MOST_VISITS, Record, begin, pad, travel
-from volumejax.ensemble import Ensemble, Position, Rung
+from volumejax.ensemble import Ensemble, Position, Rung, ensemble_of
 from volumejax.frames import Frame, frame_of
 from volumejax.ladder import kappa_ladder, temperature_ladder
 from volumejax.metric import Metric
@@ -91,9 +91,9 @@ def tether_volume(
 
     Args:
         key: typed threefry key.
-        cost: params -> scalar nats, differentiable and deterministic, at most `cutoff` at the anchor. Of this package's
-            behaviours, without micro-batches, of a network that adds a bias to its logits the connected region takes
-            a third of the gradients: its chains move so that the mean of the logits stays.
+        cost: params -> scalar nats, differentiable and deterministic, at most `cutoff` at the anchor. One of
+            this package's behaviours, without micro-batches, of a network that adds a bias to its logits can take far
+            fewer gradients (connected region): the chains then move so that the mean of the logits stays.
         params: the anchor, a pytree of floating arrays, D numbers in all.
         prior: `Gaussian`, `UniformBox`, `UniformBall` or `Lebesgue`.
         cutoff: ε in nats, positive.
@@ -220,18 +220,9 @@ def tether_stream(
             "raise the cutoff"
         )
     dimension = tree.size(params)
-    frame, callers_x64 = frame_of(prior, params), bool(jax.config.read("jax_enable_x64"))
-    room = float(attainable) - anchor_cost
-    shear = _shear(cost, params, frame, region, room)
-    with jax.enable_x64(True):
-        ensemble = Ensemble(
-            cost=cost,
-            frame=frame,
-            cutoff=jnp.asarray(float(attainable), jnp.float64),
-            region=region,
-            callers_x64=callers_x64,
-            shear=shear,
-        )
+    frame = frame_of(prior, params)
+    shear = _shear(cost, params, frame, region, float(attainable) - anchor_cost)
+    ensemble = ensemble_of(cost, frame, cutoff=float(attainable), region=region, shear=shear)
     chains = default_num_chains(dimension) if num_chains is None else num_chains
     devices = num_devices(mesh)
     chains = -(-chains // devices) * devices
