@@ -32,7 +32,7 @@ def free():
 
 def settled_at(flight, x):
     """Whether √a(δ + b/a) is standard normal: its square has mean D and deviation √2D, its part along b mean 0."""
-    z = np.exp(0.5 * x) * (np.asarray(flight.positions.displacement, np.float64) + 3.0 * np.exp(-x))
+    z = np.exp(0.5 * x) * (np.asarray(flight.positions[0].displacement, np.float64) + 3.0 * np.exp(-x))
     fits = np.all(np.abs(np.sum(z**2, axis=1) - D) < 5.0 * np.sqrt(2.0 * D))
     return fits and abs(np.mean(np.sum(z, axis=1)) / np.sqrt(D)) < 4.0 / np.sqrt(CHAINS)
 

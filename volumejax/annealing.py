@@ -92,10 +92,10 @@ def _travel(
     first: Int[Array, ""],
     count: Int[Array, ""],
     batch_size: int | None,
+    indices: Int[Array, "chains"],
 ) -> tuple[Position, dict[str, Array]]:
     with jax.enable_x64(True):
         num_chains = positions.cost.shape[0]
-        indices = jnp.arange(num_chains, dtype=jnp.int32)
 
         def visit(k: Array, carry: tuple[Position, dict[str, Array]]) -> tuple[Position, dict[str, Array]]:
             positions, log = carry
@@ -257,6 +257,7 @@ def travel(
     route: list[int],
     first: int,
     batch_size: int | None,
+    chains: np.ndarray | None = None,
 ) -> tuple[Position, Record]:
     """Visit the rungs `route[:-1]`, at most `MOST_VISITS`, and step on to `route[-1]`.
 
@@ -269,11 +270,15 @@ def travel(
         route: rungs, each a neighbour of the one before or the same.
         first: number of visits before.
         batch_size: chains at once.
+        chains: their indices i; None for 0, 1, 2 and so on.
     """
     count = len(route) - 1
     if not 0 < count <= MOST_VISITS:
         raise ValueError(f"a route takes between 1 and {MOST_VISITS} visits, got {count}")
     padded = jnp.asarray(np.pad(np.asarray(route, np.int32), (0, MOST_VISITS - count), mode="edge"))
-    ends, log = _travel(ensemble, metric, key, positions, table, padded, jnp.int32(first), jnp.int32(count), batch_size)
+    indices = jnp.asarray(np.arange(len(positions.cost)) if chains is None else chains, jnp.int32)
+    ends, log = _travel(
+        ensemble, metric, key, positions, table, padded, jnp.int32(first), jnp.int32(count), batch_size, indices
+    )
     host = to_host(log)
     return laid_out_like(ends, positions), Record(**{name: host[name][:count] for name in Record._fields})

@@ -1,6 +1,8 @@
 """The pilot's chains: how they step, what they have seen, and what they cost."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -10,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool
 
 from volumejax import tree
-from volumejax.annealing import Record, begin, laid_out_like, pad, slopes, travel
+from volumejax.annealing import Record, begin, pad, slopes, travel
 from volumejax.ensemble import CHEAP, FIELDS, SHORT, Ensemble, Position, Rung
 from volumejax.ladder import best_shares, trajectory_length
 from volumejax.metric import fit_metric, mass_power, plain_metric
@@ -72,11 +74,14 @@ class Flight:
 
     def __init__(
         self, ensemble: Ensemble, key: Array, chains: int, anchor_cost: float, batch_size: int | None,
-        mesh: Mesh | None,
+        mesh: Mesh | None, *, groups: int = 1,
     ) -> None:  # fmt: skip
-        """Begin with chains that stand nowhere yet."""
+        """Begin with `groups` times `chains` that stand nowhere yet.
+
+        Groups go one after the other, so that the program compiled for one will do for a run of as many chains.
+        """
         self.ensemble, self.key, self.batch_size, self.anchor_cost = ensemble, key, batch_size, anchor_cost
-        self.chains, self.mesh = jnp.arange(chains, dtype=jnp.int32), mesh
+        self.chains, self.mesh = np.arange(groups * chains, dtype=np.int32).reshape(groups, chains), mesh
         self.visits, self.gradients, self.last_cost = 0, 0, 1
         self.floor = anchor_cost
         """The lowest cost seen, from which energies count: an anchor need not be a minimum."""
@@ -84,14 +89,15 @@ class Flight:
         self.slopes: list[tuple[float, list[np.ndarray]]] = []
         self.unread, self.settled = 0, False
         """How many of them the metric does not know, and whether it takes chains for settled."""
-        self.positions: Position
+        self.positions: list[Position]
+        """Of each group."""
         self.pending = np.zeros(FIELDS * len(jax.tree.leaves(ensemble.frame.anchor)))
         """Logs by which the next visit first scales and slides the leaves, where that stays inside."""
         self.place: tuple[float, float] | None = None
         """(x, β) of the last visit, from which they set out."""
         self.recent: list[tuple[float, Record]] = []
         """The latest visits, each with its β."""
-        self.memory = np.ones(len(self.chains))
+        self.memory = np.ones(self.chains.size)
         """Each chain's acceptance of late: near zero where it has been stuck for several moves."""
 
     @property
@@ -116,12 +122,14 @@ class Flight:
             with jax.enable_x64(True):
                 precision = jnp.float64(np.exp(x))
             start = jax.random.fold_in(self.key, 1_000_000 + attempt)
-            self.positions = begin(self.ensemble, start, precision, self.chains, self.mesh)
-            reach = beta * (np.asarray(self.positions.reach) - self.anchor_cost)
-            if self.positions.toll is not None:
-                reach = reach + np.asarray(self.positions.toll)
+            self.positions = [
+                begin(self.ensemble, start, precision, jnp.asarray(group), self.mesh) for group in self.chains
+            ]
+            reach = beta * (_together(self.positions, lambda p: p.reach) - self.anchor_cost)
+            if self.ensemble.shear is not None:
+                reach = reach + _together(self.positions, lambda p: p.toll)
             energy = float(np.mean(np.where(np.isfinite(reach), np.abs(reach), np.inf)))
-            supported = np.mean(np.asarray(jax.vmap(self.ensemble.frame.supports)(self.positions.displacement)))
+            supported = np.mean(_together(self.positions, lambda p: _supported(self.ensemble, p)))
             if not np.isfinite(energy) or (self.ensemble.frame.walls is None and supported < 0.4):
                 x += 3.0
             elif energy > 0.2:
@@ -135,11 +143,16 @@ class Flight:
 
     def revive(self) -> None:
         """Restart the chains that stand outside the region from those that stand inside, if there are any."""
-        outside = ~np.asarray(_permitted(self.ensemble, self.positions))
+        outside = ~_together(self.positions, lambda p: _permitted(self.ensemble, p))
         if outside.any() and not outside.all():
             inside = np.flatnonzero(~outside)
             source = np.where(outside, inside[np.arange(len(outside)) % len(inside)], np.arange(len(outside)))
-            self.positions = laid_out_like(jax.tree.map(lambda p: p[source], self.positions), self.positions)
+            whole = jax.tree.map(lambda *parts: np.concatenate([np.asarray(x) for x in parts]), *self.positions)
+            with jax.enable_x64(True):
+                self.positions = [
+                    jax.tree.map(lambda x, old: jax.device_put(x[source[group]], old.sharding), whole, here)  # noqa: B023
+                    for group, here in zip(self.chains, self.positions, strict=True)
+                ]
 
     @property
     def as_one(self) -> bool:
@@ -163,9 +176,14 @@ class Flight:
             stretch=np.stack([self.pending, 0.0 * self.pending, 0.0 * self.pending]),
         )
         self.pending = 0.0 * self.pending
-        self.positions, record = travel(
-            self.ensemble, self.metric, self.key, self.positions, pad(rung), [0, 1, 1], self.visits, self.batch_size
-        )
+        table, records = pad(rung), []
+        for i, group in enumerate(self.chains):
+            self.positions[i], record = travel(
+                self.ensemble, self.metric, self.key, self.positions[i], table, [0, 1, 1], self.visits,
+                self.batch_size, group,
+            )  # fmt: skip
+            records.append(record)
+        record = Record(*(np.concatenate(parts, axis=1) for parts in zip(*records, strict=True)))
         self.visits += 2
         self.last_cost = int(rung.gradients[1])
         self.gradients += self.last_cost
@@ -208,10 +226,12 @@ class Flight:
 
     def learn(self, x: float, beta: float, *, keep: int, settled: bool = False) -> None:
         """Fit the metric to the slopes where the chains stand now and stood at the visits before, `keep` at most."""
-        here = slopes(self.ensemble, self.positions, self.batch_size, jnp.float32(1.0 / beta))
+        here = [slopes(self.ensemble, p, self.batch_size, jnp.float32(1.0 / beta)) for p in self.positions]
         self.gradients += 1
-        self.slopes.append((beta, [np.asarray(leaf) for leaf in here]))
-        numbers = self.ensemble.dimension * len(self.chains)
+        self.slopes.append(
+            (beta, [np.concatenate([np.asarray(x) for x in parts]) for parts in zip(*here, strict=True)])
+        )
+        numbers = self.ensemble.dimension * self.chains.size
         self.slopes = self.slopes[-min(keep, max(_MOST_NUMBERS // numbers, 2)) :]
         self.unread += 1
         waits = numbers * len(self.slopes) > _DEAR_FIT and self.unread < _FRESH * len(self.slopes)
@@ -219,7 +239,7 @@ class Flight:
             return
         self.unread, self.settled = 0, settled
         together = [np.concatenate(parts) for parts in zip(*(leaves for _, leaves in self.slopes), strict=True)]
-        betas = np.repeat([beta for beta, _ in self.slopes], len(self.chains))
+        betas = np.repeat([beta for beta, _ in self.slopes], self.chains.size)
         turns = self.ensemble.frame.walls is None
         self.metric = fit_metric(together, betas, float(np.exp(x)), turns=turns, settled=settled)
 
@@ -263,6 +283,17 @@ class Flight:
             if 0.6 < acceptance < 0.97:
                 return gait, record
         return gait, self.visit(x, beta, gait, variance, confined)
+
+
+def _together(positions: list[Position], what: Callable[[Position], Any]) -> np.ndarray:
+    """Return what the positions of all groups have, one after the other."""
+    return np.concatenate([np.asarray(what(group)) for group in positions])
+
+
+@eqx.filter_jit
+def _supported(ensemble: Ensemble, positions: Position) -> Bool[Array, "chains"]:
+    """Return which chains stand where the prior has mass."""
+    return jax.vmap(ensemble.frame.supports)(positions.displacement)
 
 
 @eqx.filter_jit

@@ -16,6 +16,8 @@ from volumejax.metric import Metric
 
 __all__ = ["Pilot", "fly"]
 
+_LEAST_CHAINS = 4
+"""Its measurements are moments between chains."""
 _WORK = 3.0
 """Standard deviation of the work between two stops, in nats."""
 _RAISES = 8
@@ -61,7 +63,8 @@ class Pilot(NamedTuple):
     survey: Survey
     metric: Metric
     ends: Position
-    """Where its chains stood at the end of the way down: starts for the heating pass, independent of the main run."""
+    """Where as many chains as the run has stood at the end of the way down: starts for the heating pass, independent of
+    the run itself."""
     gradients: int
 
 
@@ -79,22 +82,24 @@ def fly(
 ) -> Pilot:
     """Run the pilot: down to the prior's own stiffness, there until β and the metric have settled, and back up.
 
+    Of `chains`, or where these are few of several groups of as many, so that the run itself takes the same program.
+
     Raises:
         ValueError: an improper prior over an unbounded region.
     """
-    flight = Flight(ensemble, key, chains, anchor_cost, batch_size, mesh)
+    flight = Flight(ensemble, key, chains, anchor_cost, batch_size, mesh, groups=-(-_LEAST_CHAINS // chains))
     scouts = _descend(flight, beta_factor, _DOWN * budget, on_progress)
     beta, natural, settled = _settle_beta(flight, scouts[-1], beta_factor, (_DOWN + _THERE) * budget)
     if ensemble.frame.stiffness == 0.0:
         _require_bounded(flight, settled, beta)
-    ends = flight.positions
+    ends = list(flight.positions)
     on_progress(_DOWN + _THERE)
     top = flight.reference_precision(beta)
     flight.positions = ends
     # What is left for the way up may not do for all that one would like to know.
     hurry = float(np.clip(0.5 * flight.gradients / ((_DOWN + _THERE) * budget), 1.0, _HURRY))
     stops = _ascend(flight, _plan(scouts, top, hurry), beta, settled, hurry, on_progress)
-    return Pilot(_survey(flight, stops, beta, natural), flight.metric, ends, flight.gradients)
+    return Pilot(_survey(flight, stops, beta, natural), flight.metric, ends[0], flight.gradients)
 
 
 def _plan(scouts: list[Stop], top: float, hurry: float) -> list[float]:

@@ -45,14 +45,15 @@ class Shear(eqx.Module):
         slip = self.origin - _centre(logits, self.behaviour.examples.mask, jax.tree.leaves(params)[self.leaf])
         return self.behaviour.of_logits(_added(logits, slip)), slip
 
-    def curvature(self, params: PyTree) -> float:
+    @eqx.filter_jit
+    def curvature(self, params: PyTree) -> Float[Array, ""]:
         """Return the mean second derivative of the cost in the offset there, in nats per square of it."""
         logits = _outputs(self.behaviour, params)
         probes = jax.random.rademacher(jax.random.key(0), (_PROBES, logits.shape[-1]), jnp.float32)
         probes = probes - jnp.mean(probes, axis=1, keepdims=True)
         slope = jax.grad(lambda offset: self.behaviour.of_logits(_added(logits, offset)))
         turned = jax.vmap(lambda v: jax.jvp(slope, (jnp.zeros_like(v),), (v,))[1])(probes)
-        return float(jnp.sum(probes * turned) / jnp.sum(jnp.square(probes)))
+        return jnp.sum(probes * turned) / jnp.sum(jnp.square(probes))
 
     def restored(self, params: PyTree) -> PyTree:
         """Return the parameters that (θ, b') stand for."""

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from volumejax import tree
 from volumejax.annealing import MOST_VISITS, Record, begin, pad, travel
+from volumejax.behaviours import Behaviour
 from volumejax.ensemble import Ensemble, Position, Rung, ensemble_of
 from volumejax.frames import Frame, frame_of
 from volumejax.ladder import kappa_ladder, temperature_ladder
@@ -48,8 +49,8 @@ _GRADIENTS = 120_000
 little."""
 _PILOT, _KAPPA, _TEMPERATURE = 0.13, 0.38, 0.03
 """Shares of them for the pilot, each pass down or up the κ ladder, and the temperatures."""
-_LEAST_CHAINS, _PILOT_CHAINS = 2, 4
-"""Of each pass, and of the pilot, whose measurements are moments between chains."""
+_LEAST_CHAINS = 2
+"""Of each pass."""
 _MOST_STEPS = 500
 _PLACES = (1.0, 1.0, 100.0)
 """Precisions, relative to the prior's, of the draws at which a leaf is seen to be added to the outputs."""
@@ -248,16 +249,16 @@ def _shear(cost: Any, params: PyTree, frame: Frame, region: Star | Connected, ro
     """Return the shear of the cost where chains can use it: the star's segments and walls of a prior are straight."""
     if isinstance(region, Star) or frame.walls is not None or frame.ball is not None:
         return None
-    places = [
-        frame.params(frame.draw_reference(jax.random.key(i), jnp.float32(precision)))
-        for i, precision in enumerate(_PLACES)
-    ]
+    if not isinstance(cost, Behaviour):
+        return None
+    draw = eqx.filter_jit(lambda key, precision: frame.params(frame.draw_reference(key, precision)))
+    places = [draw(jax.random.key(i), jnp.float32(precision)) for i, precision in enumerate(_PLACES)]
     shear = find_shear(cost, params, places)
     if shear is None or frame.stiffness == 0.0:
         return shear
     # A prior that holds the offset tighter than the cost holds the mean of the logits would hold all else by it.
     held = float(jnp.max(jnp.square(1.0 / jax.tree.leaves(frame.scale)[shear.leaf])))
-    return shear if held < shear.curvature(params) * 0.5 * tree.size(params) / room else None
+    return shear if held < float(shear.curvature(params)) * 0.5 * tree.size(params) / room else None
 
 
 def default_num_chains(dimension: int) -> int:
@@ -369,9 +370,8 @@ class _Run:
         start = begin(
             ensemble, jax.random.fold_in(self.key, _START), first, jnp.arange(self.chains, dtype=jnp.int32), self.mesh
         )
-        ends = jax.tree.map(lambda x: x[: self.chains], pilot.ends)
         noise = np.nan
-        for origin, legs, last_pass in ((start, cool, False), (ends, heat, True)):
+        for origin, legs, last_pass in ((start, cool, False), (pilot.ends, heat, True)):
             positions = origin
             for leg in legs:
                 for where, spent_here in self._follow(leg, positions):
@@ -389,7 +389,7 @@ class _Run:
         return fly(
             self.ensemble,
             jax.random.fold_in(self.key, _PILOT_KEY),
-            chains=max(self.chains, _PILOT_CHAINS),
+            chains=self.chains,
             budget=_PILOT * self.budget,
             anchor_cost=self.anchor_cost,
             beta_factor=self.beta_factor,
