@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import volumejax as vj
 from volumejax.parallel import num_devices, spread
@@ -118,6 +118,17 @@ class TestEightDevices:
         assert abs(many.log_mass - one.log_mass) <= 4.0 * np.hypot(many.std_error, one.std_error)
         indices = jnp.arange(COUNT, dtype=jnp.int32)
         assert len(jax.jit(lambda i: spread(i, mesh))(indices).sharding.device_set) == COUNT
+
+    def test_one_program_serves_the_pilot_and_both_passes(self, caplog):
+        """Though the pilot has more chains than a pass, and the heating pass begins with some of them."""
+        mesh = Mesh(np.array(jax.devices()[:2]), ("rays",))
+        with jax.log_compiles():
+            vj.tether_volume(
+                jax.random.key(3), cost, PARAMS, vj.Gaussian(1.0),
+                cutoff=0.02, num_chains=2, effort=0.005, decades=0.0, mesh=mesh,
+            )  # fmt: skip
+        compiled = [record.getMessage().split() for record in caplog.records]
+        assert sum(words[:2] == ["Compiling", "jit(_travel)"] for words in compiled) == 1
 
     def test_islands_are_spread_and_say_the_same(self):
         def measure_islands(mesh=None):

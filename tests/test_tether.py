@@ -22,14 +22,18 @@ def measure(problem, seed=0, **options):
     )
 
 
-def check(estimate, truth, *, cap=None, gap=5.0):
+def check_value(estimate, truth, *, cap=None):
     cap = max(0.5, 0.005 * abs(truth)) if cap is None else cap
     assert estimate.kind == Kind.ESTIMATE, estimate.status
     assert abs(estimate.log_mass - truth) <= 4.0 * estimate.std_error
     assert estimate.std_error <= cap
     assert estimate.bound_kind == BoundKind.CERTIFIED
-    assert truth - gap <= estimate.lower <= truth
     assert estimate.lower <= estimate.upper
+
+
+def check(estimate, truth, *, cap=None, gap=5.0):
+    check_value(estimate, truth, cap=cap)
+    assert truth - gap <= estimate.lower <= truth
 
 
 PROBLEMS = {
@@ -331,8 +335,12 @@ def test_errors_are_calibrated_and_bounds_hold(name, of_seeds):
 def test_a_neuron_with_as_many_weights_as_digits_comes_out_at_that_budget():
     """Its tether ends suddenly, among many moves a rung: rungs too far apart once made it 130 nats wrong and "ok"."""
     problem = reference.tanh_neuron(2400, 2410, cutoff=1e-2)
-    # One bound in twenty may lie above: that of seed 0 does, by 0.3 nats, and none of ten others.
-    check(measure(problem, seed=1, num_chains=4), problem.log_mass, cap=15.0, gap=40.0)
+    estimates = [measure(problem, seed, num_chains=4) for seed in range(3)]
+    for estimate in estimates:
+        check_value(estimate, problem.log_mass, cap=15.0)
+        assert estimate.lower >= problem.log_mass - 40.0
+    # One bound in twenty may lie above the truth, as that of seed 0 did once, by 0.3 nats; two of three are no chance.
+    assert sum(estimate.lower > problem.log_mass for estimate in estimates) <= 1
 
 
 @pytest.mark.slow
