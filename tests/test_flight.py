@@ -9,30 +9,62 @@ import numpy as np
 import pytest
 
 from volumejax import flight as module
-from volumejax.ensemble import FIELDS, Ensemble
+from volumejax.annealing import Record
+from volumejax.ensemble import FIELDS, ensemble_of
 from volumejax.flight import Flight, Gait, stretchings
 from volumejax.frames import frame_of
 from volumejax.priors import Gaussian
-from volumejax.regions import Connected
 
 D, CHAINS = 1200, 16
 PARAMS = jnp.full(D, 3.0)
 
 
-@pytest.fixture
-def free():
-    """Chains that settle in one visit, at a prior three widths away."""
-    with jax.enable_x64(True):
-        frame = frame_of(Gaussian(1.0), PARAMS)
-        ensemble = Ensemble(lambda p: 0.0 * jnp.sum(p), frame, jnp.float64(1.0), Connected(), False)
-    flight = Flight(ensemble, jax.random.key(0), CHAINS, 0.0, None, None)
+def flight_of(cost, groups=1):
+    """A flight of all chains, at a prior three widths away."""
+    ensemble = ensemble_of(cost, frame_of(Gaussian(1.0), PARAMS), cutoff=1.0)
+    flight = Flight(ensemble, jax.random.key(0), CHAINS // groups, 0.0, None, None, groups=groups)
     flight.reference_precision(1.0)
     return flight
 
 
+def flat(params):
+    return 0.0 * jnp.sum(params)
+
+
+def half_shut(params):
+    """Outside for every other chain or so, whatever the scale."""
+    return jnp.where(params[0] < 3.0, 9.0, 0.0) + flat(params)
+
+
+def everyone(flight):
+    return np.concatenate([np.asarray(group.displacement) for group in flight.positions])
+
+
+@pytest.fixture
+def free():
+    """Chains that settle in one visit."""
+    return flight_of(flat)
+
+
+@pytest.mark.parametrize("cost", [flat, half_shut])
+def test_groups_that_go_one_after_the_other_are_the_same_chains(cost):
+    """Those that stand outside restart from others of any group."""
+    one, four = flight_of(cost), flight_of(cost, groups=4)
+    np.testing.assert_array_equal(everyone(one), everyone(four))
+    assert (len(np.unique(everyone(one)[:, 0])) < CHAINS) == (cost is half_shut)
+    records = [f.visit(2.0, 1.0, Gait(0.5), np.exp([-2.0]), 0.0) for f in (one, four)]
+    np.testing.assert_allclose(everyone(one), everyone(four), rtol=1e-4, atol=1e-4)
+    for name, whole, parts in zip(Record._fields, *records, strict=True):
+        np.testing.assert_allclose(whole, parts, rtol=1e-3, atol=1e-3, err_msg=name)
+    for f in (one, four):
+        f.learn(2.0, 1.0, keep=12)
+    np.testing.assert_array_equal(one.slopes[0][1][0], four.slopes[0][1][0])
+    assert one.gradients == four.gradients and four.chains.shape == (4, CHAINS // 4)
+
+
 def settled_at(flight, x):
     """Whether √a(δ + b/a) is standard normal: its square has mean D and deviation √2D, its part along b mean 0."""
-    z = np.exp(0.5 * x) * (np.asarray(flight.positions[0].displacement, np.float64) + 3.0 * np.exp(-x))
+    z = np.exp(0.5 * x) * (everyone(flight).astype(np.float64) + 3.0 * np.exp(-x))
     fits = np.all(np.abs(np.sum(z**2, axis=1) - D) < 5.0 * np.sqrt(2.0 * D))
     return fits and abs(np.mean(np.sum(z, axis=1)) / np.sqrt(D)) < 4.0 / np.sqrt(CHAINS)
 
