@@ -90,7 +90,7 @@ class Flight:
         self.unread, self.settled = 0, False
         """How many of them the metric does not know, and whether it takes chains for settled."""
         self.positions: list[Position]
-        """Of each group."""
+        """Of each group; a new list after each visit."""
         self.pending = np.zeros(FIELDS * len(jax.tree.leaves(ensemble.frame.anchor)))
         """Logs by which the next visit first scales and slides the leaves, where that stays inside."""
         self.place: tuple[float, float] | None = None
@@ -176,14 +176,17 @@ class Flight:
             stretch=np.stack([self.pending, 0.0 * self.pending, 0.0 * self.pending]),
         )
         self.pending = 0.0 * self.pending
-        table, records = pad(rung), []
-        for i, group in enumerate(self.chains):
-            self.positions[i], record = travel(
-                self.ensemble, self.metric, self.key, self.positions[i], table, [0, 1, 1], self.visits,
-                self.batch_size, group,
-            )  # fmt: skip
-            records.append(record)
-        record = Record(*(np.concatenate(parts, axis=1) for parts in zip(*records, strict=True)))
+        table = pad(rung)
+        travelled = [
+            travel(
+                self.ensemble, self.metric, self.key, positions, table, [0, 1, 1], self.visits, self.batch_size, group
+            )
+            for group, positions in zip(self.chains, self.positions, strict=True)
+        ]
+        self.positions = [positions for positions, _ in travelled]
+        record = Record(
+            *(np.concatenate(parts, axis=1) for parts in zip(*(record for _, record in travelled), strict=True))
+        )
         self.visits += 2
         self.last_cost = int(rung.gradients[1])
         self.gradients += self.last_cost
