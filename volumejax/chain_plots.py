@@ -149,7 +149,9 @@ def _ladder(rows: list[Row], dimension: float) -> Figure:
             upper.set_xscale("log")
             # The tether is let go from left to right.
             upper.set_xlim(2.0 * precision[felt].max(), 0.5 * precision[felt].min())
-        upper.set_ylim(bottom=min(0.0, upper.get_ylim()[0]))
+        least, most = upper.get_ylim()
+        least = min(0.0, least)
+        upper.set_ylim(least, most + 0.04 * (most - least))
         lower.set_ylim(-0.06, 1.06)
         upper.set_title(_literal(row.label), loc="left", fontsize=9.5, fontweight="bold", color=INK, pad=4)
         upper.set_ylabel("a⟨δ²⟩ / D")
