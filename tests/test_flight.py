@@ -20,16 +20,12 @@ D, CHAINS = 1200, 16
 PARAMS = jnp.full(D, 3.0)
 
 
-def flight_of(cost, groups=1):
+def free_flight(groups=1):
     """A flight of all chains, at a prior three widths away."""
-    ensemble = ensemble_of(cost, frame_of(Gaussian(1.0), PARAMS), cutoff=1.0)
+    ensemble = ensemble_of(lambda p: 0.0 * jnp.sum(p), frame_of(Gaussian(1.0), PARAMS), cutoff=1.0)
     flight = Flight(ensemble, jax.random.key(0), CHAINS // groups, 0.0, None, None, groups=groups)
     flight.reference_precision(1.0)
     return flight
-
-
-def flat(params):
-    return 0.0 * jnp.sum(params)
 
 
 def everyone(flight):
@@ -39,11 +35,11 @@ def everyone(flight):
 @pytest.fixture
 def free():
     """Chains that settle in one visit."""
-    return flight_of(flat)
+    return free_flight()
 
 
 def test_groups_that_go_one_after_the_other_are_the_same_chains():
-    one, four = flight_of(flat), flight_of(flat, groups=4)
+    one, four = free_flight(), free_flight(groups=4)
     np.testing.assert_array_equal(everyone(one), everyone(four))
     records = [f.visit(2.0, 1.0, Gait(0.5), np.exp([-2.0]), 0.0) for f in (one, four)]
     np.testing.assert_allclose(everyone(one), everyone(four), rtol=1e-4, atol=1e-4)
@@ -57,7 +53,7 @@ def test_groups_that_go_one_after_the_other_are_the_same_chains():
 
 @pytest.mark.parametrize("groups", [1, 4])
 def test_chains_outside_restart_from_those_inside_in_any_group(groups):
-    flight, lost = flight_of(flat, groups), 10
+    flight, lost = free_flight(groups), 10
     before, reach = everyone(flight), np.where(np.arange(CHAINS) < lost, np.inf, 0.0)
     with jax.enable_x64(True):
         flight.positions = [

@@ -1,7 +1,7 @@
 """The pilot's chains: how they step, what they have seen, and what they cost."""
 
 import dataclasses
-from collections.abc import Callable
+import operator
 from typing import Any
 
 import equinox as eqx
@@ -125,11 +125,12 @@ class Flight:
             self.positions = [
                 begin(self.ensemble, start, precision, jnp.asarray(group), self.mesh) for group in self.chains
             ]
-            reach = beta * (_together(self.positions, lambda p: p.reach) - self.anchor_cost)
-            if self.ensemble.shear is not None:
-                reach = reach + _together(self.positions, lambda p: p.toll)
+            whole = joined(self.positions)
+            reach = beta * (whole.reach - self.anchor_cost)
+            if whole.toll is not None:
+                reach = reach + whole.toll
             energy = float(np.mean(np.where(np.isfinite(reach), np.abs(reach), np.inf)))
-            supported = np.mean(_together(self.positions, lambda p: _supported(self.ensemble, p)))
+            supported = np.mean(joined([_supported(self.ensemble, group) for group in self.positions]))
             if not np.isfinite(energy) or (self.ensemble.frame.walls is None and supported < 0.4):
                 x += 3.0
             elif energy > 0.2:
@@ -143,14 +144,17 @@ class Flight:
 
     def revive(self) -> None:
         """Restart the chains that stand outside the region from those that stand inside, if there are any."""
-        outside = ~_together(self.positions, lambda p: _permitted(self.ensemble, p))
+        outside = ~joined([_permitted(self.ensemble, group) for group in self.positions])
         if outside.any() and not outside.all():
             inside = np.flatnonzero(~outside)
             source = np.where(outside, inside[np.arange(len(outside)) % len(inside)], np.arange(len(outside)))
-            whole = jax.tree.map(lambda *parts: np.concatenate([np.asarray(x) for x in parts]), *self.positions)
+            whole = joined(self.positions)
             with jax.enable_x64(True):
                 self.positions = [
-                    jax.tree.map(lambda x, old: jax.device_put(x[source[group]], old.sharding), whole, here)  # noqa: B023
+                    jax.device_put(
+                        jax.tree.map(operator.itemgetter(source[group]), whole),
+                        jax.tree.map(lambda x: x.sharding, here),
+                    )
                     for group, here in zip(self.chains, self.positions, strict=True)
                 ]
 
@@ -184,9 +188,7 @@ class Flight:
             for group, positions in zip(self.chains, self.positions, strict=True)
         ]
         self.positions = [positions for positions, _ in travelled]
-        record = Record(
-            *(np.concatenate(parts, axis=1) for parts in zip(*(record for _, record in travelled), strict=True))
-        )
+        record = joined([record for _, record in travelled], axis=1)
         self.visits += 2
         self.last_cost = int(rung.gradients[1])
         self.gradients += self.last_cost
@@ -231,9 +233,7 @@ class Flight:
         """Fit the metric to the slopes where the chains stand now and stood at the visits before, `keep` at most."""
         here = [slopes(self.ensemble, p, self.batch_size, jnp.float32(1.0 / beta)) for p in self.positions]
         self.gradients += 1
-        self.slopes.append(
-            (beta, [np.concatenate([np.asarray(x) for x in parts]) for parts in zip(*here, strict=True)])
-        )
+        self.slopes.append((beta, joined(here)))
         numbers = self.ensemble.dimension * self.chains.size
         self.slopes = self.slopes[-min(keep, max(_MOST_NUMBERS // numbers, 2)) :]
         self.unread += 1
@@ -288,11 +288,6 @@ class Flight:
         return gait, self.visit(x, beta, gait, variance, confined)
 
 
-def _together(positions: list[Position], what: Callable[[Position], Any]) -> np.ndarray:
-    """Return what the positions of all groups have, one after the other."""
-    return np.concatenate([np.asarray(what(group)) for group in positions])
-
-
 @eqx.filter_jit
 def _supported(ensemble: Ensemble, positions: Position) -> Bool[Array, "chains"]:
     """Return which chains stand where the prior has mass."""
@@ -321,9 +316,9 @@ def stretchings(ensemble: Ensemble, record: Record, x: float, beta: float) -> np
     return beta * record.virial + np.exp(x) * record.square + record.pulled - tree.size(ensemble.frame.anchor)
 
 
-def joined(records: list[Record]) -> Record:
-    """Return the visits of several records as those of one."""
-    return Record(*(np.concatenate(parts) for parts in zip(*records, strict=True)))
+def joined(parts: list[Any], axis: int = 0) -> Any:
+    """Return trees of arrays as one, on the host: several records' visits, or along axis 1 the chains of groups."""
+    return jax.tree.map(lambda *arrays: np.concatenate([np.asarray(x) for x in arrays], axis), *parts)
 
 
 def work_rate(records: list[Record], xs: list[float], as_one: bool) -> tuple[float, np.ndarray]:

@@ -13,6 +13,7 @@ References: Montavon & Müller 2012 (Neural Networks: Tricks of the Trade) for c
 2020 (JMLR 21) for as many outlying curvatures as classes.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import equinox as eqx
@@ -62,7 +63,7 @@ class Shear(eqx.Module):
         return treedef.unflatten(leaves)
 
 
-def find_shear(cost: Any, params: PyTree, places: list[PyTree]) -> Shear | None:
+def find_shear(cost: Any, params: PyTree, places: Iterable[PyTree]) -> Shear | None:
     """Return the shear of a behaviour, or None where it has no leaf that is added to the logits.
 
     None as well for other costs, and where examples come in micro-batches: the mean would take a pass of its own.
@@ -70,17 +71,18 @@ def find_shear(cost: Any, params: PyTree, places: list[PyTree]) -> Shear | None:
     Args:
         cost: to be looked at.
         params: the anchor.
-        places: other parameters at which to look.
+        places: other parameters at which to look; drawn only for a behaviour.
     """
     if not isinstance(cost, Behaviour) or (cost.batch_size is not None and cost.batch_size < cost.num_examples):
         return None
     classes = jax.eval_shape(cost.apply_fn, params, cost.examples.inputs).shape[-1:]
     leaves = jax.tree.leaves(params)
     fitting = [i for i, leaf in enumerate(leaves) if leaf.shape == classes and leaf.dtype == jnp.float32]
+    places = (params, *places)
     for i in fitting:
-        if all(_is_added(cost, i, place) for place in (params, *places)):
+        if all(_is_added(cost, i, place) for place in places):
             shear = Shear(cost, i, _centre(_outputs(cost, params), cost.examples.mask, leaves[i]))
-            if all(_agrees(shear, place) for place in (params, *places)):
+            if all(_agrees(shear, place) for place in places):
                 return shear
     return None
 

@@ -25,7 +25,6 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from volumejax import tree
 from volumejax.annealing import MOST_VISITS, Record, begin, pad, travel
-from volumejax.behaviours import Behaviour
 from volumejax.ensemble import Ensemble, Position, Rung, ensemble_of
 from volumejax.frames import Frame, frame_of
 from volumejax.ladder import kappa_ladder, temperature_ladder
@@ -249,10 +248,8 @@ def _shear(cost: Any, params: PyTree, frame: Frame, region: Star | Connected, ro
     """Return the shear of the cost where chains can use it: the star's segments and walls of a prior are straight."""
     if isinstance(region, Star) or frame.walls is not None or frame.ball is not None:
         return None
-    if not isinstance(cost, Behaviour):
-        return None
     draw = eqx.filter_jit(lambda key, precision: frame.params(frame.draw_reference(key, precision)))
-    places = [draw(jax.random.key(i), jnp.float32(precision)) for i, precision in enumerate(_PLACES)]
+    places = (draw(jax.random.key(i), jnp.float32(precision)) for i, precision in enumerate(_PLACES))
     shear = find_shear(cost, params, places)
     if shear is None or frame.stiffness == 0.0:
         return shear
