@@ -30,16 +30,10 @@ _MARGIN = 3.5
 """By how many standard deviations the mean energy of the κ ladder lies below the cutoff."""
 _LEAST_MARGIN = 3.0
 """And by how many nats at least: with few confined directions the energy has an exponential tail."""
-_FULL, _LEAST_WIDTH = 0.9, 0.05
-"""Share of the room that the cost may be seen to fill at the next stop of the way down, unless the step is shorter."""
-_LAGGING = 0.25
-"""And by which share of itself at least: what chains that lag carry too much grows with it, and not like its root."""
 _DOWN, _THERE = 0.25, 0.3
 """Shares of the budget for the way down and for the stay at its end; the rest is for the way up."""
 _LEAST_SETTLING, _MOST_SETTLING = 12, 64
 """Visits at the end of the way down, in which β and the metric settle."""
-_LATE = 2.0
-"""By how much that may take more gradients than it should where chains still move outwards."""
 _LEAST_VISITS, _MOST_VISITS, _LAG, _SCATTER = 4, 24, 1.5, 2.0
 """Visits to each stop on the way up, the standard errors of B from which on chains count as lagging behind, and by how
 much more than those of a Gaussian settled ones may scatter."""
@@ -147,8 +141,7 @@ def _ascend(
 
 def _target(energy: float, bulge: float, room: float, factor: float) -> float:
     """Return the β at which an energy λ, seen `bulge` times as high on the segment, lies well below the wall."""
-    margin = max(_MARGIN * np.sqrt(energy) + _LEAST_MARGIN, _LAGGING * energy)
-    return factor * (bulge * energy + margin) / room
+    return factor * (bulge * energy + _MARGIN * np.sqrt(energy) + _LEAST_MARGIN) / room
 
 
 def _descend(flight: Flight, factor: float, budget: float, on_progress: Callable[[float], None]) -> list[Stop]:
@@ -185,29 +178,13 @@ def _descend(flight: Flight, factor: float, budget: float, on_progress: Callable
             # A small budget makes the steps longer, but not so long that the wall comes before β can rise.
             left = max(budget - flight.gradients, 1.0)
             width = max(width, min(x * flight.last_cost / left, _HASTE * width, 0.5))
-        # The next stop confines more. Where the cost does not feel β yet it may grow fast.
-        growth, filled = _growth(stops[-2:], flight.floor), _filled(stops[-1], flight.floor) / flight.room
-        width = min(width, max(np.log(_FULL / max(filled, 1e-9)) / max(growth, 1e-9), _LEAST_WIDTH))
-        rise = max(1.2 * np.exp(width), np.exp(growth * width))
-        beta = max(beta, _target(rise * stops[-1].confined, flight.bulge(record), flight.room, factor))
+        # The next stop confines more.
+        beta = max(beta, _target(1.2 * np.exp(width) * stops[-1].confined, flight.bulge(record), flight.room, factor))
         following = max(x - width, 0.0) if stiff else x - width
         flight.pending = 0.5 * shares * (x - following)
         flight.follow(beta)
         variance = variance * np.exp(min(0.5 * (x - following), 0.2))
         x = following
-
-
-def _filled(stop: Stop, floor: float) -> float:
-    """Return how far the chains' costs have risen."""
-    return max(float(np.nanmean(stop.record.reach[-1])) - floor, 0.0)
-
-
-def _growth(stops: list[Stop], floor: float) -> float:
-    """Return by how many e-folds the cost has grown per unit of x between the stops; not less than zero."""
-    costs = [_filled(stop, floor) for stop in stops]
-    if len(stops) < 2 or min(costs) <= 0.0:
-        return 0.0
-    return max(float(np.log(costs[1] / costs[0])) / (stops[0].x - stops[1].x), 0.0)
 
 
 def _require_bounded(flight: Flight, stop: Stop, beta: float) -> None:
@@ -238,18 +215,12 @@ def _settle_beta(flight: Flight, stop: Stop, factor: float, until: float) -> tup
     beta, gait, variance = stop.beta, stop.gait, stop.variance
     energies: list[float] = []
     records: list[Record] = []
-    large = flight.ensemble.dimension >= CHEAP
-
-    def goes_on() -> bool:
-        visits, pressed = len(records), bool(records) and flight.pressed(records[-1], stop.x, beta)
-        if visits < _MOST_SETTLING:
-            return visits < _LEAST_SETTLING or flight.gradients < until or pressed
-        return large and pressed and flight.gradients < _LATE * until
-
-    while goes_on():
+    while len(energies) < _LEAST_SETTLING or (
+        len(energies) < _MOST_SETTLING and (flight.gradients < until or flight.pressed(record, stop.x, beta))
+    ):
         gait, record = flight.settle_gait(stop.x, beta, gait, variance, 1e9, most=1)
         records.append(record)
-        flight.learn(stop.x, beta, keep=_MOST_SETTLING, settled=large)
+        flight.learn(stop.x, beta, keep=_MOST_SETTLING, settled=flight.ensemble.dimension >= CHEAP)
         variance = variances(flight.ensemble, record)
         energies.append(max(flight.expected(record, stop.x, beta), 0.1))
         wanted = _target(float(np.mean(energies[-_LEAST_SETTLING // 2 :])), flight.bulge(record), flight.room, factor)
