@@ -201,7 +201,8 @@ def test_a_turned_metric_leaves_the_ensemble_as_it_is():
     prior = Gaussian(0.8, jnp.array([0.1, -1.0]))
     ensemble = eqx.tree_at(lambda e: (e.cost, e.frame), apart, (OnVector(apart.cost), frame_of(prior, vector)))
     turn = jnp.array([[0.8, -0.6], [0.6, 0.8]], jnp.float32)
-    metric = Metric([None], [turn], [jnp.array([0.2, 6.0], jnp.float32)], jnp.float32(1.5), jnp.float32(1.0))
+    curvature = [jnp.array([0.2, 6.0], jnp.float32)]
+    metric = Metric([None], [turn], curvature, jnp.float32(1.5), jnp.float32(1.0), jnp.full(1, jnp.nan, jnp.float32))
     rung = eqx.tree_at(lambda r: r.masses, rung, rung.masses[:1])
     at = (0.1, 0.4, 1.5)
     truth = grid_truth(energy(apart, rung)[1], lambda x, y, cost: cost <= 1.0, 6.0, at)

@@ -318,6 +318,20 @@ def test_leaves_do_not_part_by_chance():
     assert mine < 0.3 * naive
 
 
+def test_a_leaf_of_little_weight_stays_with_the_others():
+    """Four chains that hardly move, and a leaf so small that their scatter asks for any share of it."""
+    parted = []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        of_chain, fresh = rng.normal(size=(1, 4, 3)), 0.2 * rng.normal(size=(4, 4, 3))
+        numbers = (of_chain + fresh) * np.array([300.0, 3.0, 10.0])
+        b = numbers[..., :2]
+        x = 0.5 * b.sum(-1) + numbers[..., 2]
+        shares = best_shares([x], [np.concatenate([b, 0.0 * b, 0.0 * b], axis=-1)], as_one=False)
+        parted.append(abs(shares[0] - shares[1]) > 0.3)
+    assert np.mean(parted) < 0.2
+
+
 def test_a_stretch_that_does_harm_is_not_taken():
     rungs = kappa(survey_of(1.0, covariance=-0.5), escort=0.0)
     assert np.all(rungs.stretch == 0.0)

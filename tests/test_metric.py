@@ -2,7 +2,7 @@
 
 Mutations these catch: Qᵀ for Q on either side, the tether's share left in the curvature, β² for β, curvatures of the
 wrong basis, masses for inverse masses in the unit of time, noise taken for structure, a leaf that is stiff as a whole
-or coordinates without a force taken for an uneven curvature.
+or coordinates without a force taken for an uneven curvature, a mean force or a mean displacement for stiffness.
 """
 
 import equinox as eqx
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from volumejax.metric import UNKNOWN, fit_metric, mass_power, plain_metric
+from volumejax.metric import UNKNOWN, Rest, fit_metric, mass_power, plain_metric
 
 ROWS, COLUMNS, SAMPLES = 20, 15, 4000
 BETA, PRECISION = 50.0, 2.0
@@ -108,6 +108,43 @@ def test_few_slopes_keep_a_small_leaf_to_the_factors():
     found, own = np.asarray(metric.right[0], float), np.linalg.eigh(slopes.T.astype(float) @ slopes)[1]
     np.testing.assert_allclose(found @ found.T, np.eye(64), atol=1e-5)
     assert off(found) < 0.5 * off(own)
+
+
+@pytest.fixture(scope="module")
+def leaning():
+    """Slopes of C = ½ Σ h z², of the rest ½ a z² + b·z over β, and h: where b is large, C leans against it."""
+    rng = np.random.default_rng(8)
+    h = np.logspace(1, -3, 300).reshape(1, 300)
+    pull, precisions = 20.0 * rng.normal(size=(1, 300)), PRECISION + BETA * h
+    z = (rng.normal(size=(SAMPLES, 1, 300)) - pull / np.sqrt(precisions)) / np.sqrt(precisions)
+    return (h * z).astype(np.float32), ((PRECISION * z + pull) / BETA).astype(np.float32), h
+
+
+def test_a_cost_that_leans_against_the_prior_is_no_stiffer(leaning):
+    slopes, others, h = leaning
+    betas, confined = np.full(SAMPLES, BETA), BETA * h > PRECISION
+    alone = fit_metric([slopes], betas, PRECISION, turns=False)
+    whole = fit_metric([slopes], betas, PRECISION, turns=False, rest=Rest([others], PRECISION, np.ones(1)))
+    found, polluted = (np.asarray(metric.curvature[0]) for metric in (whole, alone))
+    np.testing.assert_allclose(found[confined], h[confined], rtol=0.3)
+    assert np.median(polluted[confined] / h[confined]) > 2.0
+    # What the noise of so many samples hides is not taken for stiffness.
+    assert np.all(BETA * found[~confined] < 1.5 * PRECISION)
+
+
+@pytest.mark.parametrize(("wider", "factor"), [(1.0, 1.0), (3.0, 1.0), (40.0, 0.1), (1 / 40.0, 10.0)])
+def test_masses_are_the_mean_precision_but_where_a_leaf_has_changed(leaning, wider, factor):
+    """Its mean square holds that of the mean, which says nothing of how stiff it is."""
+    slopes, others, _ = leaning
+    squares = np.array([200.0])
+    metric = fit_metric(
+        [slopes], np.full(SAMPLES, BETA), PRECISION, turns=False, rest=Rest([others], PRECISION, squares)
+    )
+    state = jnp.float32(PRECISION), jnp.float32(BETA), [jnp.zeros((1, 300))]
+    (masses,) = metric.masses(jnp.asarray(1.0 / (wider * squares), jnp.float32), *state)
+    expected = PRECISION + 0.1 / (wider * squares) + BETA * np.asarray(metric.curvature[0])
+    # The floor of a tenth of its stiffness, as its spread tells it, counts for its width.
+    np.testing.assert_allclose(masses, factor * expected, rtol=0.01)
 
 
 def uneven(spread, samples=4000):

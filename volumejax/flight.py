@@ -15,7 +15,7 @@ from volumejax import tree
 from volumejax.annealing import Record, begin, pad, slopes, travel
 from volumejax.ensemble import CHEAP, FIELDS, SHORT, Ensemble, Position, Rung
 from volumejax.ladder import best_shares, trajectory_length
-from volumejax.metric import fit_metric, mass_power, plain_metric
+from volumejax.metric import Rest, fit_metric, mass_power, plain_metric
 
 __all__ = ["POOLED", "Flight", "Gait", "Stop", "joined", "leaf_sizes", "stretchings", "variances", "work_rate"]
 
@@ -87,6 +87,8 @@ class Flight:
         """The lowest cost seen, from which energies count: an anchor need not be a minimum."""
         self.metric = plain_metric(ensemble.frame.anchor, turns=ensemble.frame.walls is None)
         self.slopes: list[tuple[float, list[np.ndarray]]] = []
+        self.pulls: list[tuple[float, list[np.ndarray]]] = []
+        """a, and the gradient of what else U has there, over β."""
         self.unread, self.settled = 0, False
         """How many of them the metric does not know, and whether it takes chains for settled."""
         self.positions: list[Position]
@@ -234,17 +236,35 @@ class Flight:
         here = [slopes(self.ensemble, p, self.batch_size, jnp.float32(1.0 / beta)) for p in self.positions]
         self.gradients += 1
         self.slopes.append((beta, joined(here)))
+        self.pulls.append((float(np.exp(x)), self._pulled(np.exp(x), beta)))
         numbers = self.ensemble.dimension * self.chains.size
-        self.slopes = self.slopes[-min(keep, max(_MOST_NUMBERS // numbers, 2)) :]
+        kept = min(keep, max(_MOST_NUMBERS // numbers, 2))
+        self.slopes, self.pulls = self.slopes[-kept:], self.pulls[-kept:]
         self.unread += 1
         waits = numbers * len(self.slopes) > _DEAR_FIT and self.unread < _FRESH * len(self.slopes)
         if waits and settled == self.settled:
             return
         self.unread, self.settled = 0, settled
-        together = [np.concatenate(parts) for parts in zip(*(leaves for _, leaves in self.slopes), strict=True)]
+        together, pulls = (
+            [np.concatenate(parts) for parts in zip(*(leaves for _, leaves in kept), strict=True)]
+            for kept in (self.slopes, self.pulls)
+        )
         betas = np.repeat([beta for beta, _ in self.slopes], self.chains.size)
-        turns = self.ensemble.frame.walls is None
-        self.metric = fit_metric(together, betas, float(np.exp(x)), turns=turns, settled=settled)
+        frame = self.ensemble.frame
+        # Behind walls the prior pushes besides. Small problems have arms, where chains stand far from any mean.
+        rest = None
+        if frame.walls is None and frame.ball is None and self.ensemble.dimension >= CHEAP:
+            squares = variances(self.ensemble, self.recent[-1][1])
+            rest = Rest(pulls, float(np.mean([a for a, _ in self.pulls])), squares)
+        turns = frame.walls is None
+        self.metric = fit_metric(together, betas, float(np.exp(x)), turns=turns, settled=settled, rest=rest)
+
+    def _pulled(self, precision: float, beta: float) -> list[np.ndarray]:
+        """Return the gradient of the prior's and the tether's part of U where the chains stand, over β, by leaf."""
+        frame = self.ensemble.frame
+        places = jax.tree.leaves(joined([p.displacement for p in self.positions]))
+        pull = [0.0] * len(places) if frame.pull is None else [np.asarray(b) for b in jax.tree.leaves(frame.pull)]
+        return [((precision * d + b) / beta).astype(np.float32) for d, b in zip(places, pull, strict=True)]
 
     def confined(self, beta: float, record: Record) -> float:
         """Return λ = β(E − the least), the mean over chains."""

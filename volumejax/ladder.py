@@ -46,6 +46,9 @@ _RELEASE = 1.0
 """Energy that a step up the ladder may put into a chain, in standard deviations of its own."""
 _SETTLING = 0.4
 """Length of the trajectories at one precision: only the cost has to settle, by its stiff directions."""
+_FOLDS, _FORETOLD = 8, 0.1
+"""Parts into which chains are cut, each to try what the others say of the maps, and the part of its works' variance
+that these have to foretell."""
 _DIRECT = 6
 """Lags from which on autocorrelations are summed rather than extrapolated from the first."""
 _LARGEST_STEP = 0.7
@@ -320,7 +323,7 @@ def best_shares(slopes: list[Vector], stretchings: list[Vector], *, as_one: bool
     """Return the shares p of a free direction's stretch that leave the least variance of the work.
 
     One share for all is found first, and one for their slide; then the leaves part from it, soft coordinates from stiff
-    ones, and the slides of the leaves, each as far as that explains more than chance would.
+    ones, and the slides of the leaves, each as far as chains that had no part in a fit bear it out.
 
     Args:
         slopes: X of each stop, shape (visits, chains).
@@ -329,27 +332,60 @@ def best_shares(slopes: list[Vector], stretchings: list[Vector], *, as_one: bool
     """
     count = stretchings[0].shape[-1]
     leaves = count // FIELDS
-    x = np.concatenate([np.ravel(v - v.mean(axis=1, keepdims=True)) for v in slopes])
-    b = np.concatenate([np.reshape(v - v.mean(axis=1, keepdims=True), (-1, count)) for v in stretchings])
-    known = np.isfinite(x) & np.all(np.isfinite(b), axis=1)
-    x, b = x[known], 0.5 * b[known]
-    shares = np.zeros(count)
-    slides = not as_one and bool(np.any(b[:, 2 * leaves :]))
+    x = [np.where(np.all(np.isfinite(b), axis=-1), v, np.nan) for v, b in zip(slopes, stretchings, strict=True)]
+    b = [0.5 * np.nan_to_num(w) for w in stretchings]
+    slides = not as_one and any(bool(np.any(w[..., 2 * leaves :])) for w in b)
     together = [slice(0, leaves), slice(2 * leaves, count)][: 1 + slides]
-    totals = np.stack([b[:, part].sum(axis=1) for part in together], axis=1)
+    totals = [np.stack([w[..., part].sum(axis=-1) for part in together], axis=-1) for w in b]
+    shares = np.zeros(count)
     # Within their bounds together: both hold the scatter along b, and what one may not take is left to the other.
-    for part, found in zip(together, optimize.lsq_linear(totals, x, (0.0, 1.0), "bvls").x, strict=True):
-        shares[part] = found
-    samples = _samples(slopes)
+    found = optimize.lsq_linear(*_apart(totals, x), (0.0, 1.0), "bvls").x
+    for part, share in zip(together, found, strict=True):
+        shares[part] = share
     for free in () if as_one else (leaves, 2 * leaves, count)[: 2 + slides]:
-        rest = x - b @ shares
-        if free > 1 and samples > 2.0 * free and np.any(rest):
-            apart = np.linalg.lstsq(b[:, :free], rest, rcond=1e-6)[0]
-            explained = 1.0 - float(np.sum((rest - b[:, :free] @ apart) ** 2) / np.sum(rest**2))
-            by_chance = free / samples
-            trust = (explained - by_chance) / max(explained * (1.0 - by_chance), 1e-9)
-            shares[:free] += float(np.clip(trust, 0.0, 1.0)) * apart
-    return np.clip(shares, -_FURTHEST, _FURTHEST)
+        if free > 1:
+            rest = [v - w @ shares for v, w in zip(x, b, strict=True)]
+            shares[:free] += _borne_out([w[..., :free] for w in b], rest, shares[:free])
+    return shares
+
+
+def _borne_out(regressors: list[Vector], values: list[Vector], shares: Vector) -> Vector:
+    """Return what comes to the shares by least squares, times the part that chains bear out that are left out of a fit.
+
+    Args:
+        regressors: of each stop, shape (visits, chains, coefficients).
+        values: shape (visits, chains); NaN where not known.
+        shares: that bound it.
+    """
+
+    def fitted(regressors: list[Vector], values: list[Vector]) -> Vector:
+        found = np.linalg.lstsq(*_apart(regressors, values), rcond=1e-6)[0]
+        return np.clip(shares + found, -_FURTHEST, _FURTHEST) - shares
+
+    chains = values[0].shape[1]
+    folds = min(chains, _FOLDS)
+    seen = foretold = there = 0.0
+    for fold in range(folds if chains > 2 else 0):
+        out = np.arange(chains) % folds == fold
+        fit = fitted([w[:, ~out] for w in regressors], [v[:, ~out] for v in values])
+        for w, v in zip(regressors, values, strict=True):
+            # Against the mean of the chains in the fit, which knows nothing of them.
+            actual = v[:, out] - v[:, ~out].mean(axis=1, keepdims=True)
+            told = (w[:, out] - w[:, ~out].mean(axis=1, keepdims=True)) @ fit
+            seen += float(np.nansum(actual * told))
+            there += float(np.nansum(np.square(actual)))
+            foretold += float(np.sum(np.square(told), where=np.isfinite(actual)))
+    # Of few chains a small part of the variance is foretold by chance, and leaves of little weight then move far.
+    if seen <= 0.0 or seen * min(seen / foretold, 1.0) < _FORETOLD * there:
+        return np.zeros(regressors[0].shape[-1])
+    return min(seen / foretold, 1.0) * fitted(regressors, values)
+
+
+def _apart(regressors: list[Vector], values: list[Vector]) -> tuple[Vector, Vector]:
+    """Return both as rows, less the mean over chains of each visit; what is not known is left out."""
+    b = np.concatenate([np.reshape(w - w.mean(axis=1, keepdims=True), (-1, w.shape[-1])) for w in regressors])
+    x = np.concatenate([np.ravel(v - v.mean(axis=1, keepdims=True)) for v in values])
+    return b[np.isfinite(x)], x[np.isfinite(x)]
 
 
 def _memory(works: list[Vector]) -> float:

@@ -19,7 +19,7 @@ products of reflections.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, PyTree
 from numpy.typing import NDArray
 from scipy.special import polygamma
 
-__all__ = ["UNKNOWN", "Metric", "fit_metric", "mass_power", "plain_metric"]
+__all__ = ["UNKNOWN", "Metric", "Rest", "fit_metric", "mass_power", "plain_metric"]
 
 _LARGEST_SIDE, _FEWEST = 512, 8
 """Sides of a matrix up to this length are rotated as a whole. Of a longer one there are as many leading eigenvectors as
@@ -69,6 +69,17 @@ class Reflections(eqx.Module):
         return len(self.vectors)
 
 
+class Rest(NamedTuple):
+    """The part of U that is not βC, at the samples that a metric is fitted to."""
+
+    slopes: list[NDArray[np.float32]]
+    """Its gradient over β, shapes as those of C."""
+    precision: float
+    """Its curvature: the mean of a."""
+    squares: NDArray
+    """Each leaf's mean square of δ where the chains stand now."""
+
+
 class Metric(eqx.Module):
     """Per-leaf bases and curvatures, in the order of the leaves of the parameters."""
 
@@ -82,6 +93,9 @@ class Metric(eqx.Module):
     unevenness: Float[Array, ""]
     """Var k / (E k)² of the curvatures k that a direction has from place to place, the mean over directions that the
     cost confines, float32: 0 for a quadratic cost."""
+    excess: Float[Array, "leaves"]
+    """By what factor each leaf's mean square of δ was more than its curvature says where that was measured, which holds
+    the square of the mean too. NaN where the curvature is known but for a factor, float32."""
 
     def turned(self, vector: PyTree) -> PyTree:
         """Return the coordinates of `vector` in the bases of its leaves."""
@@ -110,9 +124,9 @@ class Metric(eqx.Module):
     def precisions(self, stiffness: Float[Array, "leaves"], precision: Array, beta: Array, like: PyTree) -> PyTree:
         """Return each coordinate's mean precision, ∝ a + βc.
 
-        The unit is such that their inverses at `self.beta` add up to the whole mean square of δ, whatever the curvature
-        says: where the region is wider, trajectories have further to go. A leaf whose own mean square is more than
-        `_AGREES` times off has another curvature here than where the metric was fitted, and is rescaled by the rest.
+        Where curvature is known but for a factor, their inverses at `self.beta` add up to the whole mean square of δ.
+        A leaf whose own mean square is more than `_AGREES` times off, against what it was where the metric was fitted,
+        has another curvature here, and is rescaled by the rest.
 
         Args:
             stiffness: as for `masses`.
@@ -139,8 +153,10 @@ class Metric(eqx.Module):
         """Return mean precisions as the curvature has them, and the factor by which each leaf is to be rescaled."""
         least = [precision + _FLOOR * stiffness[leaf] for leaf in range(len(self.curvature))]
         widths = [jnp.sum(1.0 / (b + self.beta * c)) for b, c in zip(least, self.curvature, strict=True)]
-        seen = [c.size / stiffness[leaf] for leaf, c in enumerate(self.curvature)]
-        unit = jnp.sum(jnp.stack(widths)) / jnp.sum(jnp.stack(seen))
+        known = ~jnp.isnan(self.excess)
+        excess = jnp.where(known, self.excess, 1.0)
+        seen = [c.size / stiffness[leaf] / excess[leaf] for leaf, c in enumerate(self.curvature)]
+        unit = jnp.where(jnp.all(known), 1.0, jnp.sum(jnp.stack(widths)) / jnp.sum(jnp.stack(seen)))
         scales = []
         for width, found in zip(widths, seen, strict=True):
             off = jnp.log(width / (unit * found))
@@ -171,11 +187,18 @@ def plain_metric(params: PyTree, *, turns: bool) -> Metric:
         curvature=[_on_device(np.zeros(shape)) for shape in shapes],
         beta=_on_device(np.ones(())),
         unevenness=_on_device(np.asarray(UNKNOWN)),
+        excess=_on_device(np.full(len(shapes), np.nan)),
     )
 
 
 def fit_metric(
-    slopes: list[NDArray[np.float32]], betas: NDArray, precision: float, *, turns: bool, settled: bool = False
+    slopes: list[NDArray[np.float32]],
+    betas: NDArray,
+    precision: float,
+    *,
+    turns: bool,
+    settled: bool = False,
+    rest: Rest | None = None,
 ) -> Metric:
     """Fit the metric to gradients of C in whitened coordinates.
 
@@ -185,32 +208,54 @@ def fit_metric(
         precision: a where they were taken.
         turns: False keeps the parameters' own basis, as the walls of a box demand.
         settled: whether the chains are, so that their forces tell the unevenness.
+        rest: what comes to βC in U, for settled chains that no wall of the prior holds.
     """
     left, right, curvature, peaks = [], [], [], []
-    for slope in slopes:
+    roots, beta = np.sqrt(betas)[:, None, None].astype(np.float32), float(np.mean(betas))
+    for leaf, slope in enumerate(slopes):
         shape = slope.shape[1:]
-        grids = np.nan_to_num(slope, posinf=0.0, neginf=0.0).reshape(len(slope), *_sides(shape))
-        grids = grids * np.sqrt(betas)[:, None, None].astype(np.float32)
+        grids = _grids(slope) * roots
         p = _basis(grids) if turns else None
         q = _basis(np.swapaxes(grids, 1, 2)) if turns else None
-        grids = _turn(grids, *_single((p, q)), transpose=True, matmul=np.matmul)
+        factors = own = None
         if turns and _is_joint(shape):
-            grids = grids.reshape(len(grids), 1, -1)
             # Of the factors' basis, which is the parameters' own where there is none.
             factors = np.kron(*(np.eye(n) if b is None else b for b, n in zip((p, q), _sides(shape), strict=True)))
-            own = _joint_basis(grids[:, 0])
-            p, q, grids = None, factors @ own, grids @ own
+            flat = _turn(grids, *_single((p, q)), transpose=True, matmul=np.matmul).reshape(len(grids), -1)
+            own = _joint_basis(flat)
+            p, q = None, factors @ own
+
+        def turned(values: NDArray, p: Any = p, q: Any = q, joint: bool = own is not None) -> NDArray:
+            values = values.reshape(len(values), 1, -1) if joint else values
+            return _turn(values, *_single((p, q)), transpose=True, matmul=np.matmul)
+
+        forces = turned(grids)
         # The force has the second moment (βh)²/(a + βh) along a direction of curvature h that is settled at a.
-        beta = float(np.mean(betas))
-        force = beta * np.mean(np.square(grids, dtype=np.float64), axis=0)
+        force = beta * np.mean(np.square(forces, dtype=np.float64), axis=0)
         felt = 0.5 * (force + np.sqrt(force * (force + 4.0 * precision))) / beta
-        peaks.append(_peakedness(grids)[beta * felt > _FELT * precision])
+        if rest is not None:
+            # And more where C leans against the prior as a whole. Both together have a + βh, but for the noise.
+            both = forces + turned(_grids(rest.slopes[leaf]) * roots)
+            both = beta * np.mean(np.square(both, dtype=np.float64), axis=0)
+            noise = rest.precision * np.sqrt(2.0 * _CORRELATED / len(slope))
+            felt = np.minimum(felt, (np.maximum(both - rest.precision, 0.0) + noise) / beta)
+        peaks.append(_peakedness(forces)[beta * felt > _FELT * precision])
         curvature.append(_on_device(_shrunk(felt, len(slope)).reshape(shape)))
         left.append(_on_device(p))
         right.append(_on_device(q))
     confined = np.concatenate(peaks)
     unevenness = float(np.mean(confined)) - 1.0 if settled and confined.size else UNKNOWN
-    return Metric(left, right, curvature, *(_on_device(np.asarray(x)) for x in (np.mean(betas), unevenness)))
+    excess = np.full(len(slopes), np.nan)
+    if rest is not None:
+        least = precision + _FLOOR / rest.squares
+        widths = [np.mean(1.0 / (b + beta * np.asarray(c))) for b, c in zip(least, curvature, strict=True)]
+        excess = rest.squares / np.array(widths)
+    return Metric(left, right, curvature, *(_on_device(np.asarray(x)) for x in (np.mean(betas), unevenness, excess)))
+
+
+def _grids(leaf: NDArray) -> NDArray:
+    """Return samples of a leaf as matrices, without what is not finite."""
+    return np.nan_to_num(leaf, posinf=0.0, neginf=0.0).reshape(len(leaf), *_sides(leaf.shape[1:]))
 
 
 def _single(values: Any) -> Any:

@@ -30,10 +30,17 @@ _MARGIN = 3.5
 """By how many standard deviations the mean energy of the κ ladder lies below the cutoff."""
 _LEAST_MARGIN = 3.0
 """And by how many nats at least: with few confined directions the energy has an exponential tail."""
+_FULL, _LEAST_WIDTH = 0.9, 0.05
+"""Share of the room that the cost may be seen to fill at the next stop of the way down, unless the step is shorter."""
+_LAGGING = 0.25
+"""And by which share of itself at least, where nearly all directions are free: with what chains lag behind in these
+their cost swings by a part of itself, and not of its root."""
 _DOWN, _THERE = 0.25, 0.3
 """Shares of the budget for the way down and for the stay at its end; the rest is for the way up."""
 _LEAST_SETTLING, _MOST_SETTLING = 12, 64
 """Visits at the end of the way down, in which β and the metric settle."""
+_LATE = 2.0
+"""By how much that may take more gradients than it should where chains still move outwards."""
 _LEAST_VISITS, _MOST_VISITS, _LAG, _SCATTER = 4, 24, 1.5, 2.0
 """Visits to each stop on the way up, the standard errors of B from which on chains count as lagging behind, and by how
 much more than those of a Gaussian settled ones may scatter."""
@@ -139,16 +146,19 @@ def _ascend(
     return stops[::-1]
 
 
-def _target(energy: float, bulge: float, room: float, factor: float) -> float:
+def _target(flight: Flight, energy: float, bulge: float, factor: float) -> float:
     """Return the β at which an energy λ, seen `bulge` times as high on the segment, lies well below the wall."""
-    return factor * (bulge * energy + _MARGIN * np.sqrt(energy) + _LEAST_MARGIN) / room
+    dimension = flight.ensemble.dimension
+    free = max(1.0 - 2.0 * energy / dimension, 0.0) if dimension >= CHEAP else 0.0
+    margin = max(_MARGIN * np.sqrt(energy) + _LEAST_MARGIN, _LAGGING * free * energy)
+    return factor * (bulge * energy + margin) / flight.room
 
 
 def _descend(flight: Flight, factor: float, budget: float, on_progress: Callable[[float], None]) -> list[Stop]:
     """Go down to the prior's own stiffness in steps that the works allow, raising β as more and more is confined."""
     ensemble = flight.ensemble
     stiff = ensemble.frame.stiffness > 0.0
-    beta = _target(0.1, 1.0, flight.room, factor)
+    beta = _target(flight, 0.1, 1.0, factor)
     x = flight.reference_precision(beta)
     gait, variance = Gait(0.5), np.full(len(jax.tree.leaves(ensemble.frame.anchor)), np.exp(-x))
     stops: list[Stop] = []
@@ -156,7 +166,7 @@ def _descend(flight: Flight, factor: float, budget: float, on_progress: Callable
         confined = 0.0 if not stops else flight.confined(beta, stops[-1].record)
         gait, record = flight.settle_gait(x, beta, gait, variance, confined, most=2 if stops else 5)
         for _ in range(_RAISES):
-            wanted = _target(flight.expected(record, x, beta), flight.bulge(record), flight.room, factor)
+            wanted = _target(flight, flight.expected(record, x, beta), flight.bulge(record), factor)
             if wanted < 1.05 * beta:
                 break
             # The chains stand at the wall, and λ grows with β: go ahead of it.
@@ -178,13 +188,31 @@ def _descend(flight: Flight, factor: float, budget: float, on_progress: Callable
             # A small budget makes the steps longer, but not so long that the wall comes before β can rise.
             left = max(budget - flight.gradients, 1.0)
             width = max(width, min(x * flight.last_cost / left, _HASTE * width, 0.5))
-        # The next stop confines more.
-        beta = max(beta, _target(1.2 * np.exp(width) * stops[-1].confined, flight.bulge(record), flight.room, factor))
+        # The next stop confines more. Where the cost does not feel β yet it may grow fast.
+        growth = 0.0
+        if ensemble.dimension >= CHEAP:
+            growth, filled = _growth(stops[-2:], flight.floor), _filled(stops[-1], flight.floor) / flight.room
+            width = min(width, max(np.log(_FULL / max(filled, 1e-9)) / max(growth, 1e-9), _LEAST_WIDTH))
+        rise = max(1.2 * np.exp(width), np.exp(growth * width))
+        beta = max(beta, _target(flight, rise * stops[-1].confined, flight.bulge(record), factor))
         following = max(x - width, 0.0) if stiff else x - width
         flight.pending = 0.5 * shares * (x - following)
         flight.follow(beta)
         variance = variance * np.exp(min(0.5 * (x - following), 0.2))
         x = following
+
+
+def _filled(stop: Stop, floor: float) -> float:
+    """Return how far the chains' costs have risen."""
+    return max(float(np.nanmean(stop.record.reach[-1])) - floor, 0.0)
+
+
+def _growth(stops: list[Stop], floor: float) -> float:
+    """Return by how many e-folds the cost has grown per unit of x between the stops; not less than zero."""
+    costs = [_filled(stop, floor) for stop in stops]
+    if len(stops) < 2 or min(costs) <= 0.0:
+        return 0.0
+    return max(float(np.log(costs[1] / costs[0])) / (stops[0].x - stops[1].x), 0.0)
 
 
 def _require_bounded(flight: Flight, stop: Stop, beta: float) -> None:
@@ -215,15 +243,21 @@ def _settle_beta(flight: Flight, stop: Stop, factor: float, until: float) -> tup
     beta, gait, variance = stop.beta, stop.gait, stop.variance
     energies: list[float] = []
     records: list[Record] = []
-    while len(energies) < _LEAST_SETTLING or (
-        len(energies) < _MOST_SETTLING and (flight.gradients < until or flight.pressed(record, stop.x, beta))
-    ):
+    large = flight.ensemble.dimension >= CHEAP
+
+    def goes_on() -> bool:
+        visits, pressed = len(records), bool(records) and flight.pressed(records[-1], stop.x, beta)
+        if visits < _MOST_SETTLING:
+            return visits < _LEAST_SETTLING or flight.gradients < until or pressed
+        return large and pressed and flight.gradients < _LATE * until
+
+    while goes_on():
         gait, record = flight.settle_gait(stop.x, beta, gait, variance, 1e9, most=1)
         records.append(record)
-        flight.learn(stop.x, beta, keep=_MOST_SETTLING, settled=flight.ensemble.dimension >= CHEAP)
+        flight.learn(stop.x, beta, keep=_MOST_SETTLING, settled=large)
         variance = variances(flight.ensemble, record)
         energies.append(max(flight.expected(record, stop.x, beta), 0.1))
-        wanted = _target(float(np.mean(energies[-_LEAST_SETTLING // 2 :])), flight.bulge(record), flight.room, factor)
+        wanted = _target(flight, float(np.mean(energies[-_LEAST_SETTLING // 2 :])), flight.bulge(record), factor)
         beta *= float(np.exp(np.clip(np.log(wanted / beta), -0.15, 0.15)))
         flight.follow(beta)
     natural = flight.bulge(record) * float(np.mean(energies[-_LEAST_SETTLING // 2 :])) / flight.room
