@@ -14,10 +14,11 @@ from jaxtyping import Array, Bool
 from volumejax import tree
 from volumejax.annealing import Record, begin, pad, slopes, travel
 from volumejax.ensemble import CHEAP, FIELDS, SHORT, Ensemble, Position, Rung
-from volumejax.ladder import best_shares, trajectory_length
+from volumejax.ladder import best_share, trajectory_length
 from volumejax.metric import Rest, fit_metric, mass_power, plain_metric
+from volumejax.response import Response, flat_shares, respond
 
-__all__ = ["POOLED", "Flight", "Gait", "Stop", "joined", "leaf_sizes", "stretchings", "variances", "work_rate"]
+__all__ = ["POOLED", "Flight", "Gait", "Stop", "joined", "leaf_sizes", "stretchings", "variances", "work_scatter"]
 
 _TARGET = 0.75
 """Acceptance that the step sizes are tuned to."""
@@ -30,6 +31,8 @@ POOLED = 4
 """Records that say together how the maps should stretch."""
 _ALIKE = 0.5
 """Of two log β, the difference up to which both tell the map to a third."""
+_FREE = 0.5
+"""λ up to which all is taken for free."""
 _UNEVEN_SPREAD = 3.0
 """Where there are more, e-folds for each unit by which the power of the masses lies below 1, if trajectories are long:
 a chain that comes by a place far stiffer than most has to leave it again."""
@@ -65,6 +68,8 @@ class Stop:
     variance: np.ndarray
     """Mean square of each leaf's δ."""
     record: Record
+    shares: np.ndarray
+    """Of the maps that leave the least work there."""
     confined: float = 0.0
     """λ, the mean energy that the cost holds, in units of 1/β."""
 
@@ -99,6 +104,8 @@ class Flight:
         """(x, β) of the last visit, from which they set out."""
         self.recent: list[tuple[float, Record]] = []
         """The latest visits, each with its β."""
+        self.response: tuple[float, Response] | None = None
+        """What the maps were last found from, and log β there."""
         self.memory = np.ones(self.chains.size)
         """Each chain's acceptance of late: near zero where it has been stuck for several moves."""
 
@@ -201,18 +208,56 @@ class Flight:
         self.recent = [*self.recent[1 - POOLED :], (beta, here)]
         return here
 
-    def follow(self, beta: float) -> None:
-        """Let the next visit begin with the map that takes the chains to another β, as the latest visits tell it.
+    def follow(self, x: float, beta: float, variance: np.ndarray) -> None:
+        """Let the next visit begin with the map that takes the chains to another β, as they tell it where they stand.
 
         What they do not settle in time they carry on: in many dimensions a few per cent of β are thousands of nats.
         """
         now = self.recent[-1][0]
-        near = [(b, record) for b, record in self.recent if abs(np.log(b / now)) < _ALIKE]
-        energies = [b * np.where(np.isfinite(r.cost), r.cost - self.floor, np.nan) for b, r in near]
-        # Nothing slides: that goes with the tether.
-        stretches = np.repeat([1.0, 1.0, 0.0], len(self.pending) // FIELDS)
-        shares = best_shares(energies, [stretches * record.stretchings for _, record in near], as_one=self.as_one)
+        if self.as_one:
+            near = [(b, record) for b, record in self.recent if abs(np.log(b / now)) < _ALIKE]
+            energies = [b * np.where(np.isfinite(r.cost), r.cost - self.floor, np.nan) for b, r in near]
+            shares = self._alike(best_share(energies, [record.stretchings for _, record in near]))
+        else:
+            if self.response is None or abs(np.log(now) - self.response[0]) > _ALIKE:
+                self.respond(x, now, variance)
+            assert self.response is not None
+            response = self.response[1]
+            # Nothing slides: that goes with the tether.
+            shares = flat_shares(response.gram, response.cost, slides=False)
         self.pending = self.pending - 0.5 * shares * np.log(beta / now)
+
+    def shares(self, x: float, beta: float, variance: np.ndarray, records: list[Record], xs: list[float]) -> np.ndarray:
+        """Return the shares of a free direction's stretch and slide that leave the least variance of the work.
+
+        Args:
+            x: where the chains stand.
+            beta: their β.
+            variance: mean square of each leaf's δ.
+            records: of the latest visits.
+            xs: where those were.
+        """
+        if self.as_one:
+            slopes = [0.5 * np.exp(x) * record.square for record, x in zip(records, xs, strict=True)]
+            return self._alike(best_share(slopes, [record.stretchings for record in records]))
+        if self.confined(beta, records[-1]) < _FREE:
+            return np.repeat([1.0, 0.0, 1.0], len(self.pending) // FIELDS)
+        response = self.respond(x, beta, variance)
+        return flat_shares(response.gram, response.tether)
+
+    def respond(self, x: float, beta: float, variance: np.ndarray) -> Response:
+        """Return how works answer to maps where the chains stand, the mean over them."""
+        numbers = [jnp.asarray(n, jnp.float32) for n in (1.0 / variance, np.exp(x), beta)]
+        here = joined([respond(self.ensemble, self.metric, p, *numbers, self.batch_size) for p in self.positions])
+        self.gradients += 2 * len(self.pending) + 1
+        known = np.isfinite(here.gram).all(axis=(1, 2))
+        mean = Response(*(np.mean(part[known], axis=0, dtype=np.float64) for part in here))
+        self.response = (float(np.log(beta)), mean)
+        return mean
+
+    def _alike(self, share: float) -> np.ndarray:
+        """Return shares that stretch all leaves alike."""
+        return np.repeat([share, 0.0, 0.0], len(self.pending) // FIELDS)
 
     def gaussian_scatter(self, x: float) -> float:
         """Return the standard deviation of B in a Gaussian of that log a about its own mean."""
@@ -341,9 +386,7 @@ def joined(parts: list[Any], axis: int = 0) -> Any:
     return jax.tree.map(lambda *arrays: np.concatenate([np.asarray(x) for x in arrays], axis), *parts)
 
 
-def work_rate(records: list[Record], xs: list[float], as_one: bool) -> tuple[float, np.ndarray]:
-    """Return the standard deviation of the last record's work per unit of x at the best stretch, and the leaves'."""
-    slopes = [0.5 * np.exp(x) * record.square for record, x in zip(records, xs, strict=True)]
-    shares = best_shares(slopes, [record.stretchings for record in records], as_one=as_one)
-    work = slopes[-1] - 0.5 * np.nan_to_num(records[-1].stretchings) @ shares
-    return float(np.std(work, ddof=1)), shares
+def work_scatter(record: Record, x: float, shares: np.ndarray) -> float:
+    """Return the standard deviation of the last works per unit of x with these shares."""
+    work = 0.5 * np.exp(x) * record.square[-1] - 0.5 * np.nan_to_num(record.stretchings[-1]) @ shares
+    return float(np.std(work, ddof=1))

@@ -12,13 +12,13 @@ import dataclasses
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, stats
+from scipy import stats
 from scipy.interpolate import PchipInterpolator
 
 from volumejax.ensemble import FIELDS, SHORT, Rung, trajectories
 from volumejax.metric import mass_power
 
-__all__ = ["Survey", "best_shares", "kappa_ladder", "temperature_ladder", "trajectory_length"]
+__all__ = ["Survey", "best_share", "kappa_ladder", "temperature_ladder", "trajectory_length"]
 
 Vector = NDArray[np.float64]
 
@@ -36,19 +36,14 @@ _MEMORY = 3.0
 _LONGEST_MEMORY = 20.0
 """Visits, at most, over which chains are taken to remember."""
 _PER_SHARE, _EXACT, _SURE = 8.0, 0.01, 3.0
-"""Works that tell one share of a stretch, the part of their variance that it may leave where fewer do, and standard
+"""Works that tell the share of a stretch, the part of their variance that it may leave where fewer do, and standard
 errors from which on a mean of B is no chance."""
-_FURTHEST = 2.0
-"""Share of a free direction's stretch that a leaf may be given, either way: one grows while another shrinks."""
 _SHORTEST = 0.25
 """Share of their length that trajectories keep where the budget does not even do for the rungs."""
 _RELEASE = 1.0
 """Energy that a step up the ladder may put into a chain, in standard deviations of its own."""
 _SETTLING = 0.4
 """Length of the trajectories at one precision: only the cost has to settle, by its stiff directions."""
-_FOLDS, _FORETOLD = 8, 0.1
-"""Parts into which chains are cut, each to try what the others say of the maps, and the part of its works' variance
-that these have to foretell."""
 _DIRECT = 6
 """Lags from which on autocorrelations are summed rather than extrapolated from the first."""
 _LARGEST_STEP = 0.7
@@ -77,7 +72,7 @@ class Survey:
         room: by how much each chain stayed below the cutoff, nats, likewise without the leaves.
         rises: the part of B that is the cost's, likewise.
         confined: λ(x) = β(E − C(θ0)), nats.
-        as_one: whether the maps stretch all leaves alike.
+        shares: of the maps, shape (stops, FIELDS · leaves); None finds one stretch for all leaves from the works.
         inside: share of trajectories that the region allowed, where no one map fits all of it; else 1.
         beta: inverse temperature of the κ ladder.
         natural_beta: where the mean cost is the cutoff.
@@ -96,7 +91,7 @@ class Survey:
     room: list[Vector]
     rises: list[Vector]
     confined: Vector
-    as_one: bool
+    shares: Vector | None
     inside: Vector
     beta: float
     natural_beta: float
@@ -267,24 +262,24 @@ def _smooth_work(survey: Survey, escort: float) -> tuple[Vector, Vector, Vector]
     Moments are taken about the mean over chains, so that drift does not count, then their median over neighbours;
     the last stop, where the chains stay longest, speaks for itself and has the longest memory that is believed.
     """
-    stops = len(survey.x)
+    stops, leaves = len(survey.x), len(survey.leaf_sizes)
     x, b = (
         [v - v.mean(axis=1, keepdims=True) for v in values] for values in (survey.slope, survey.stretching)
     )  # fmt: skip
-    shares, variance, memory = np.zeros((stops, FIELDS * len(survey.leaf_sizes))), np.zeros(stops), np.ones(stops)
+    shares, variance, memory = np.zeros((stops, FIELDS * leaves)), np.zeros(stops), np.ones(stops)
     for i in range(stops):
         near = list(range(max(i - 2, 0), min(i + 3, stops))) if i < stops - 1 else [i]
-        # The best stretch changes from stop to stop: as few of them as tell it.
-        rings = [[j for j in near if abs(i - j) <= r] for r in range(3)]
-        for ring in rings:
-            here, there = [x[j] for j in ring], [b[j] for j in ring]
-            shares[i] = best_shares(here, there, as_one=survey.as_one)
-            rest = sum(float(np.sum((v - 0.5 * w @ shares[i]) ** 2)) for v, w in zip(here, there, strict=True))
-            explained = rest <= _EXACT * sum(float(np.sum(v**2)) for v in here)
-            # A block that is zero throughout is no share: nothing slides there.
-            free = np.count_nonzero(np.any(b[i], axis=(0, 1)))
-            if explained or _samples(here) > _PER_SHARE * free:
-                break
+        if survey.shares is None:
+            # The best stretch changes from stop to stop: as few of them as tell it.
+            for ring in ([j for j in near if abs(i - j) <= r] for r in range(3)):
+                here, there = [x[j] for j in ring], [b[j] for j in ring]
+                shares[i, :leaves] = best_share(here, there)
+                rest = sum(float(np.sum((v - 0.5 * w @ shares[i]) ** 2)) for v, w in zip(here, there, strict=True))
+                explained = rest <= _EXACT * sum(float(np.sum(v**2)) for v in here)
+                if explained or _samples(here) > _PER_SHARE:
+                    break
+        else:
+            shares[i] = survey.shares[i]
         shares[i] *= escort
         shares[i] *= (
             0.0 if survey.pressed(i) else _bearable(shares[i], survey.room[i], survey.rises[i], survey.stretching[i])
@@ -319,73 +314,21 @@ def _bearable(shares: Vector, room: Vector, rises: Vector, stretchings: Vector) 
     return next((p for p in parts if np.mean(p * rise > room) <= _LOST and p * through <= _LOST), 0.0)
 
 
-def best_shares(slopes: list[Vector], stretchings: list[Vector], *, as_one: bool) -> Vector:
-    """Return the shares p of a free direction's stretch that leave the least variance of the work.
-
-    One share for all is found first, and one for their slide; then the leaves part from it, soft coordinates from stiff
-    ones, and the slides of the leaves, each as far as chains that had no part in a fit bear it out.
+def best_share(slopes: list[Vector], stretchings: list[Vector]) -> float:
+    """Return the one share of a free direction's stretch, of all leaves, that leaves the least variance of the work.
 
     Args:
         slopes: X of each stop, shape (visits, chains).
         stretchings: B, shape (visits, chains, FIELDS · leaves).
-        as_one: whether all has to be stretched alike, and nothing slides.
     """
-    count = stretchings[0].shape[-1]
-    leaves = count // FIELDS
-    x = [np.where(np.all(np.isfinite(b), axis=-1), v, np.nan) for v, b in zip(slopes, stretchings, strict=True)]
-    b = [0.5 * np.nan_to_num(w) for w in stretchings]
-    slides = not as_one and any(bool(np.any(w[..., 2 * leaves :])) for w in b)
-    together = [slice(0, leaves), slice(2 * leaves, count)][: 1 + slides]
-    totals = [np.stack([w[..., part].sum(axis=-1) for part in together], axis=-1) for w in b]
-    shares = np.zeros(count)
-    # Within their bounds together: both hold the scatter along b, and what one may not take is left to the other.
-    found = optimize.lsq_linear(*_apart(totals, x), (0.0, 1.0), "bvls").x
-    for part, share in zip(together, found, strict=True):
-        shares[part] = share
-    for free in () if as_one else (leaves, 2 * leaves, count)[: 2 + slides]:
-        if free > 1:
-            rest = [v - w @ shares for v, w in zip(x, b, strict=True)]
-            shares[:free] += _borne_out([w[..., :free] for w in b], rest, shares[:free])
-    return shares
-
-
-def _borne_out(regressors: list[Vector], values: list[Vector], shares: Vector) -> Vector:
-    """Return what comes to the shares by least squares, times the part that chains bear out that are left out of a fit.
-
-    Args:
-        regressors: of each stop, shape (visits, chains, coefficients).
-        values: shape (visits, chains); NaN where not known.
-        shares: that bound it.
-    """
-
-    def fitted(regressors: list[Vector], values: list[Vector]) -> Vector:
-        found = np.linalg.lstsq(*_apart(regressors, values), rcond=1e-6)[0]
-        return np.clip(shares + found, -_FURTHEST, _FURTHEST) - shares
-
-    chains = values[0].shape[1]
-    folds = min(chains, _FOLDS)
-    seen = foretold = there = 0.0
-    for fold in range(folds if chains > 2 else 0):
-        out = np.arange(chains) % folds == fold
-        fit = fitted([w[:, ~out] for w in regressors], [v[:, ~out] for v in values])
-        for w, v in zip(regressors, values, strict=True):
-            # Against the mean of the chains in the fit, which knows nothing of them.
-            actual = v[:, out] - v[:, ~out].mean(axis=1, keepdims=True)
-            told = (w[:, out] - w[:, ~out].mean(axis=1, keepdims=True)) @ fit
-            seen += float(np.nansum(actual * told))
-            there += float(np.nansum(np.square(actual)))
-            foretold += float(np.sum(np.square(told), where=np.isfinite(actual)))
-    # Of few chains a small part of the variance is foretold by chance, and leaves of little weight then move far.
-    if seen <= 0.0 or seen * min(seen / foretold, 1.0) < _FORETOLD * there:
-        return np.zeros(regressors[0].shape[-1])
-    return min(seen / foretold, 1.0) * fitted(regressors, values)
-
-
-def _apart(regressors: list[Vector], values: list[Vector]) -> tuple[Vector, Vector]:
-    """Return both as rows, less the mean over chains of each visit; what is not known is left out."""
-    b = np.concatenate([np.reshape(w - w.mean(axis=1, keepdims=True), (-1, w.shape[-1])) for w in regressors])
-    x = np.concatenate([np.ravel(v - v.mean(axis=1, keepdims=True)) for v in values])
-    return b[np.isfinite(x)], x[np.isfinite(x)]
+    leaves = stretchings[0].shape[-1] // FIELDS
+    x = [v - v.mean(axis=1, keepdims=True) for v in slopes]
+    b = [0.5 * np.sum(v[..., :leaves], axis=-1) for v in stretchings]
+    b = [v - v.mean(axis=1, keepdims=True) for v in b]
+    x, b = (np.concatenate([np.ravel(v) for v in values]) for values in (x, b))
+    known = np.isfinite(x) & np.isfinite(b)
+    square = float(np.sum(np.square(b[known])))
+    return float(np.clip(np.sum(x[known] * b[known]) / square, 0.0, 1.0)) if square > 0.0 else 0.0
 
 
 def _memory(works: list[Vector]) -> float:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Key
 
 from volumejax.annealing import Record
 from volumejax.ensemble import CHEAP, Ensemble, Position
-from volumejax.flight import POOLED, Flight, Gait, Stop, joined, leaf_sizes, stretchings, variances, work_rate
+from volumejax.flight import POOLED, Flight, Gait, Stop, joined, leaf_sizes, stretchings, variances, work_scatter
 from volumejax.ladder import Survey
 from volumejax.metric import Metric
 
@@ -130,7 +130,7 @@ def _ascend(
     stops = [settled]
     for i, x in enumerate(plan[1:], start=1):
         rise = x - latest.x
-        flight.pending = flight.pending - 0.5 * work_rate([latest.record], [latest.x], flight.as_one)[1] * rise
+        flight.pending = flight.pending - 0.5 * latest.shares * rise
         variance = latest.variance * np.exp(-rise)
         confined = flight.confined(beta, latest.record)
         gait, records = latest.gait, []
@@ -139,7 +139,8 @@ def _ascend(
             records.append(flight.visit(x, beta, gait, variance, confined))
             gait = gait.adapted(records[-1], flight.stuck)
         record = joined(records[-least:])
-        latest = Stop(x, beta, gait, variances(ensemble, record), record)
+        variance = variances(ensemble, record)
+        latest = Stop(x, beta, gait, variance, record, flight.shares(x, beta, variance, [record], [x]))
         stops.append(latest)
         share = _DOWN + _THERE
         on_progress(share + (1.0 - share) * (i + 1) / len(plan))
@@ -171,19 +172,21 @@ def _descend(flight: Flight, factor: float, budget: float, on_progress: Callable
                 break
             # The chains stand at the wall, and λ grows with β: go ahead of it.
             beta = min(1.1 * wanted, 4.0 * beta)
-            flight.follow(beta)
+            flight.follow(x, beta, variance)
             gait, record = flight.settle_gait(x, beta, gait, variance, confined, most=1)
         flight.learn(x, beta, keep=_RECENT)
         variance = variances(ensemble, record)
-        stops.append(Stop(x, beta, gait, variance, record, flight.expected(record, x, beta)))
+        recent = stops[1 - POOLED :]
+        shares = flight.shares(
+            x, beta, variance, [*(stop.record for stop in recent), record], [*(stop.x for stop in recent), x]
+        )
+        stops.append(Stop(x, beta, gait, variance, record, shares, flight.expected(record, x, beta)))
         on_progress(_DOWN * min(1.0, flight.gradients / budget))
         if x < _ENDLESS or (not stiff and np.log(np.mean(record.square[-1])) > _FAR):
             raise ValueError(_INFINITE)
         if (stiff and x <= 0.0) or (not stiff and np.mean(0.5 * np.exp(x) * record.square[-1]) < 0.02):
             return stops
-        recent = stops[-POOLED:]
-        rate, shares = work_rate([stop.record for stop in recent], [stop.x for stop in recent], flight.as_one)
-        width = float(np.clip(_WORK / max(rate, 1e-9), 0.02, 0.5))
+        width = float(np.clip(_WORK / max(work_scatter(record, x, shares), 1e-9), 0.02, 0.5))
         if stiff:
             # A small budget makes the steps longer, but not so long that the wall comes before β can rise.
             left = max(budget - flight.gradients, 1.0)
@@ -197,7 +200,7 @@ def _descend(flight: Flight, factor: float, budget: float, on_progress: Callable
         beta = max(beta, _target(flight, rise * stops[-1].confined, flight.bulge(record), factor))
         following = max(x - width, 0.0) if stiff else x - width
         flight.pending = 0.5 * shares * (x - following)
-        flight.follow(beta)
+        flight.follow(x, beta, variance)
         variance = variance * np.exp(min(0.5 * (x - following), 0.2))
         x = following
 
@@ -259,9 +262,11 @@ def _settle_beta(flight: Flight, stop: Stop, factor: float, until: float) -> tup
         energies.append(max(flight.expected(record, stop.x, beta), 0.1))
         wanted = _target(flight, float(np.mean(energies[-_LEAST_SETTLING // 2 :])), flight.bulge(record), factor)
         beta *= float(np.exp(np.clip(np.log(wanted / beta), -0.15, 0.15)))
-        flight.follow(beta)
+        flight.follow(stop.x, beta, variance)
     natural = flight.bulge(record) * float(np.mean(energies[-_LEAST_SETTLING // 2 :])) / flight.room
-    return beta, natural, Stop(stop.x, beta, gait, variance, joined(records[-len(records) // 2 :]))
+    record = joined(records[-len(records) // 2 :])
+    shares = flight.shares(stop.x, beta, variance, [record], [stop.x])
+    return beta, natural, Stop(stop.x, beta, gait, variance, record, shares)
 
 
 def _lags(flight: Flight, record: Record, x: float, beta: float) -> bool:
@@ -299,7 +304,7 @@ def _survey(flight: Flight, stops: list[Stop], beta: float, natural: float) -> S
         room=[flight.cutoff - stop.record.reach for stop in stops],
         rises=[np.nan_to_num(stop.record.rises) for stop in stops],
         confined=confined,
-        as_one=flight.as_one,
+        shares=None if flight.as_one else np.stack([stop.shares for stop in stops]),
         inside=np.array([float(np.mean(stop.record.inside)) if small else 1.0 for stop in stops]),
         beta=beta,
         natural_beta=natural,
