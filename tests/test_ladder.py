@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from volumejax.ensemble import FIELDS
-from volumejax.ladder import Survey, best_shares, kappa_ladder, temperature_ladder, trajectory_length
+from volumejax.ladder import Survey, best_share, kappa_ladder, temperature_ladder, trajectory_length
 from volumejax.metric import UNKNOWN
 
 STOPS, TABLE, LEAVES = 41, 64, 2
@@ -43,7 +43,7 @@ def survey_of(spread_of_slope, *, covariance=0.0, bottom=0.0, step_size=0.3, con
         room=[np.full((1, TABLE), 1.0) for _ in x],
         rises=[np.full((1, TABLE, FIELDS * LEAVES), 0.1) for _ in x],
         confined=np.full(STOPS, confined),
-        as_one=False,
+        shares=None,
         inside=np.ones(STOPS),
         beta=500.0,
         natural_beta=200.0,
@@ -249,99 +249,43 @@ def total_stretch(rungs):
 
 
 @pytest.mark.parametrize(("covariance", "escort", "share"), [(0.3, 1.0, 0.6), (0.3, 0.25, 0.15), (0.3, 0.0, 0.0)])
-@pytest.mark.parametrize("as_one", [False, True])
-def test_the_stretch_is_the_best_one_times_the_escort(covariance, escort, share, as_one):
+def test_the_stretch_is_the_best_one_times_the_escort(covariance, escort, share):
     """X with deviation 1 and B with 1: the variance X − ½pB is least at p = 2·cov."""
-    rungs = kappa(dataclasses.replace(survey_of(1.0, covariance=covariance), as_one=as_one), escort=escort)
+    rungs = kappa(survey_of(1.0, covariance=covariance), escort=escort)
     gaps = -np.diff(np.log(rungs.precision[1:]))
     np.testing.assert_allclose(total_stretch(rungs)[1:-1], 0.5 * share * np.repeat(gaps[:, None], 2, 1), atol=1e-12)
 
 
-def leaves_that_differ(samples, noise, seed=0):
-    """X = ½ (1.2 B₀ − 0.4 B₁) and noise, in independent B of variance 100; softness says nothing."""
-    numbers = np.random.default_rng(seed).normal(size=(samples, 8, 3))
-    b = 10.0 * numbers[..., :2]
-    x = 0.5 * (1.2 * b[..., 0] - 0.4 * b[..., 1]) + noise * numbers[..., 2]
-    return [x], [np.concatenate([b, b, 0.0 * b], axis=-1)]
+@pytest.mark.parametrize("escort", [1.0, 0.25])
+def test_shares_that_are_given_are_taken_times_the_escort(escort):
+    given = np.array([0.6, 0.2, 0.1, -0.1, 1.0, 0.4])
+    survey = dataclasses.replace(survey_of(1.0, covariance=0.3), shares=np.tile(given, (STOPS, 1)))
+    rungs = kappa(survey, escort=escort)
+    gaps = -np.diff(np.log(rungs.precision[1:]))
+    np.testing.assert_allclose(rungs.stretch[1:-1], 0.5 * escort * gaps[:, None] * given, atol=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_one_leaf_grows_while_another_shrinks(seed):
-    shares = best_shares(*leaves_that_differ(40, 0.1, seed), as_one=False)
-    np.testing.assert_allclose(shares[:2] + shares[2:4], [1.2, -0.4], atol=0.02)
-    together = best_shares(*leaves_that_differ(40, 0.1, seed), as_one=True)
-    assert together[0] == together[1] and 0.2 < together[0] < 0.6 and np.all(together[2:] == 0.0)
-
-
-def test_a_stretch_that_takes_no_more_leaves_the_rest_to_the_slide():
-    """B is its own scatter and the slide's T, ten times as wide; few noisy works ask for more than one of either."""
-    left = []
-    for seed in range(40):
-        numbers = np.random.default_rng(seed).normal(size=(2, 8, 3))
-        slide = 100.0 * numbers[..., 1]
-        b = np.stack([10.0 * numbers[..., 0] + slide, np.zeros((2, 8)), slide], axis=-1)
-        x = 0.5 * (b[..., 0] + b[..., 2]) + 10.0 * numbers[..., 2]
-        shares = best_shares([x], [b], as_one=False)
-        left.append(abs(shares[0] + shares[2] - 2.0))
-    # In units of the slide's 50 nats.
-    assert np.mean(left) < 0.1
-
-
-def test_soft_coordinates_part_from_stiff_ones():
-    numbers = 10.0 * np.random.default_rng(0).normal(size=(40, 8, 4))
-    x = 0.5 * (0.3 * numbers[..., 0] + 0.3 * numbers[..., 1] + 0.9 * numbers[..., 3])
-    shares = best_shares([x], [np.pad(numbers, ((0, 0), (0, 0), (0, 2)))], as_one=False)
-    np.testing.assert_allclose(shares, [0.3, 0.3, 0.0, 0.9, 0.0, 0.0], atol=1e-6)
-
-
-def test_leaves_slide_as_far_as_the_works_say():
-    """X = ½ (0.7 (B₀ + B₁) + T₀ + 0.4 T₁), with eight samples for one slide of both and with many for two."""
-    numbers = 10.0 * np.random.default_rng(1).normal(size=(40, 8, 4))
-    b = np.concatenate([numbers[..., :2], np.zeros((40, 8, 2)), numbers[..., 2:]], axis=-1)
-    x = 0.5 * (0.7 * numbers[..., :2].sum(-1) + numbers[..., 2] + 0.4 * numbers[..., 3])
-    np.testing.assert_allclose(best_shares([x], [b], as_one=False), [0.7, 0.7, 0.0, 0.0, 1.0, 0.4], atol=1e-6)
-    assert np.all(best_shares([x], [b], as_one=True)[4:] == 0.0)
-    few = x[:1] + 0.5 * 0.6 * numbers[:1, :, 3]
-    np.testing.assert_allclose(best_shares([few], [b[:1]], as_one=False), [0.7, 0.7, 0.0, 0.0, 1.0, 1.0], atol=1e-6)
-
-
-def test_leaves_do_not_part_by_chance():
-    """With a dozen samples and nothing to tell the leaves apart, what chance would explain is not believed."""
-    apart = []
-    for seed in range(40):
-        numbers = np.random.default_rng(seed).normal(size=(2, 8, 5))
-        x = 0.25 * numbers[..., :2].sum(-1) + 5.0 * numbers[..., 4]
-        shares = best_shares([x], [np.pad(numbers[..., :4], ((0, 0), (0, 0), (0, 2)))], as_one=False)
-        free = np.linalg.lstsq(0.5 * numbers[..., :2].reshape(-1, 2), x.ravel(), rcond=None)[0]
-        apart.append([abs(shares[0] - shares[1]), abs(free[0] - free[1])])
-    mine, naive = np.mean(apart, axis=0)
-    assert mine < 0.3 * naive
-
-
-def test_a_leaf_of_little_weight_stays_with_the_others():
-    """Four chains that hardly move, and a leaf so small that their scatter asks for any share of it."""
-    parted = []
-    for seed in range(40):
-        rng = np.random.default_rng(seed)
-        of_chain, fresh = rng.normal(size=(1, 4, 3)), 0.2 * rng.normal(size=(4, 4, 3))
-        numbers = (of_chain + fresh) * np.array([300.0, 3.0, 10.0])
-        b = numbers[..., :2]
-        x = 0.5 * b.sum(-1) + numbers[..., 2]
-        shares = best_shares([x], [np.concatenate([b, 0.0 * b, 0.0 * b], axis=-1)], as_one=False)
-        parted.append(abs(shares[0] - shares[1]) > 0.3)
-    assert np.mean(parted) < 0.2
+def test_one_share_takes_the_works_of_all_leaves():
+    """X = ½ 0.7 (B₀ + B₁) and noise; softness and slides have no part in it, and chains that are not known none."""
+    numbers = 10.0 * np.random.default_rng(0).normal(size=(40, 8, 3))
+    b = np.concatenate([numbers[..., :2], 7.0 * numbers[..., :2], 5.0 * numbers[..., :2]], axis=-1)
+    x = 0.35 * numbers[..., :2].sum(axis=-1) + 0.1 * numbers[..., 2]
+    assert abs(best_share([x], [b]) - 0.7) < 0.01
+    x[3, 2], b[7, 1] = np.nan, np.nan
+    assert abs(best_share([x], [b]) - 0.7) < 0.01
+    assert best_share([-x], [b]) == 0.0 and best_share([3.0 * x], [b]) == 1.0 and best_share([x], [0.0 * b]) == 0.0
 
 
 def test_a_stretch_that_does_harm_is_not_taken():
     rungs = kappa(survey_of(1.0, covariance=-0.5), escort=0.0)
     assert np.all(rungs.stretch == 0.0)
-    together = kappa(dataclasses.replace(survey_of(1.0, covariance=-0.5), as_one=True))
+    together = kappa(survey_of(1.0, covariance=-0.5))
     assert np.all(together.stretch == 0.0)
 
 
 def test_nothing_is_stretched_through_the_wall():
     """A map over 0.1 in x must not take chains out; else it stretches by a part only, in the end not at all."""
-    survey = dataclasses.replace(survey_of(1.0, covariance=0.3), as_one=True)
+    survey = survey_of(1.0, covariance=0.3)
     # 0.6 of a free direction's stretch over 0.1 raises the cost by ½ · 0.1 · 0.6 · (0.1 + 0.1) = 0.006.
     free, narrow, shut = (
         kappa(dataclasses.replace(survey, room=[np.full((1, TABLE), room)] * STOPS), escort=1.0)

@@ -255,6 +255,16 @@ class Flight:
         self.response = (float(np.log(beta)), mean)
         return mean
 
+    def growth(self, beta: float, record: Record, shares: np.ndarray) -> float:
+        """Return by how many e-folds the cost grows per unit of −x along the maps last found; 0 where it is not known.
+
+        In few dimensions there are arms, each with its own growth.
+        """
+        confined = self.confined(beta, record)
+        if self.as_one or self.response is None or confined < _FREE:
+            return 0.0
+        return max(0.5 * float(self.response[1].cost @ shares) / confined, 0.0)
+
     def _alike(self, share: float) -> np.ndarray:
         """Return shares that stretch all leaves alike."""
         return np.repeat([share, 0.0, 0.0], len(self.pending) // FIELDS)

@@ -1,5 +1,6 @@
 """The pilot: a coarse run down to the prior and back, thrown away once it has set the ladder, β and the step sizes."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -133,12 +134,16 @@ def _ascend(
         flight.pending = flight.pending - 0.5 * latest.shares * rise
         variance = latest.variance * np.exp(-rise)
         confined = flight.confined(beta, latest.record)
-        gait, records = latest.gait, []
+        gait, records, steps = latest.gait, [], []
         # B has no mean where the chains have settled, or a negative one behind a wall; they lag while it is positive.
-        while len(records) < least or (len(records) < most and _lags(flight, joined(records[-least:]), x, beta)):
+        while len(records) < least or (
+            len(records) < most and _certainty(flight, joined(records[-least:]), x, beta) > _LAG
+        ):
             records.append(flight.visit(x, beta, gait, variance, confined))
             gait = gait.adapted(records[-1], flight.stuck)
+            steps.append(gait.step)
         record = joined(records[-least:])
+        gait = dataclasses.replace(gait, step=float(np.exp(np.mean(np.log(steps[-least:])))))
         variance = variances(ensemble, record)
         latest = Stop(x, beta, gait, variance, record, flight.shares(x, beta, variance, [record], [x]))
         stops.append(latest)
@@ -192,10 +197,10 @@ def _descend(flight: Flight, factor: float, budget: float, on_progress: Callable
             left = max(budget - flight.gradients, 1.0)
             width = max(width, min(x * flight.last_cost / left, _HASTE * width, 0.5))
         # The next stop confines more. Where the cost does not feel β yet it may grow fast.
-        growth = 0.0
-        if ensemble.dimension >= CHEAP:
-            growth, filled = _growth(stops[-2:], flight.floor), _filled(stops[-1], flight.floor) / flight.room
-            width = min(width, max(np.log(_FULL / max(filled, 1e-9)) / max(growth, 1e-9), _LEAST_WIDTH))
+        growth = flight.growth(beta, record, shares)
+        if growth > 0.0:
+            filled = (float(np.nanmean(record.reach[-1])) - flight.floor) / flight.room
+            width = min(width, max(np.log(_FULL / max(filled, 1e-9)) / growth, _LEAST_WIDTH))
         rise = max(1.2 * np.exp(width), np.exp(growth * width))
         beta = max(beta, _target(flight, rise * stops[-1].confined, flight.bulge(record), factor))
         following = max(x - width, 0.0) if stiff else x - width
@@ -203,19 +208,6 @@ def _descend(flight: Flight, factor: float, budget: float, on_progress: Callable
         flight.follow(x, beta, variance)
         variance = variance * np.exp(min(0.5 * (x - following), 0.2))
         x = following
-
-
-def _filled(stop: Stop, floor: float) -> float:
-    """Return how far the chains' costs have risen."""
-    return max(float(np.nanmean(stop.record.reach[-1])) - floor, 0.0)
-
-
-def _growth(stops: list[Stop], floor: float) -> float:
-    """Return by how many e-folds the cost has grown per unit of x between the stops; not less than zero."""
-    costs = [_filled(stop, floor) for stop in stops]
-    if len(stops) < 2 or min(costs) <= 0.0:
-        return 0.0
-    return max(float(np.log(costs[1] / costs[0])) / (stops[0].x - stops[1].x), 0.0)
 
 
 def _require_bounded(flight: Flight, stop: Stop, beta: float) -> None:
@@ -249,10 +241,14 @@ def _settle_beta(flight: Flight, stop: Stop, factor: float, until: float) -> tup
     large = flight.ensemble.dimension >= CHEAP
 
     def goes_on() -> bool:
-        visits, pressed = len(records), bool(records) and flight.pressed(records[-1], stop.x, beta)
-        if visits < _MOST_SETTLING:
-            return visits < _LEAST_SETTLING or flight.gradients < until or pressed
-        return large and pressed and flight.gradients < _LATE * until
+        visits = len(records)
+        if visits < _LEAST_SETTLING or (visits < _MOST_SETTLING and flight.gradients < until):
+            return True
+        if not large:
+            return visits < _MOST_SETTLING and flight.pressed(records[-1], stop.x, beta)
+        # B is negative while they move outwards.
+        behind = _certainty(flight, joined(records[-_LEAST_SETTLING // 2 :]), stop.x, beta) < -_LAG
+        return behind and flight.gradients < _LATE * until
 
     while goes_on():
         gait, record = flight.settle_gait(stop.x, beta, gait, variance, 1e9, most=1)
@@ -269,8 +265,8 @@ def _settle_beta(flight: Flight, stop: Stop, factor: float, until: float) -> tup
     return beta, natural, Stop(stop.x, beta, gait, variance, record, shares)
 
 
-def _lags(flight: Flight, record: Record, x: float, beta: float) -> bool:
-    """Whether B is positive on average beyond chance; one chain far behind would pass for a wide scatter of few.
+def _certainty(flight: Flight, record: Record, x: float, beta: float) -> float:
+    """Return the mean of B in its standard errors; one chain far behind would pass for a wide scatter of few.
 
     In few dimensions B is no Gaussian's.
     """
@@ -278,7 +274,7 @@ def _lags(flight: Flight, record: Record, x: float, beta: float) -> bool:
     scatter = float(np.std(stretching))
     if flight.ensemble.dimension >= CHEAP:
         scatter = min(scatter, _SCATTER * flight.gaussian_scatter(x))
-    return bool(np.mean(stretching) > _LAG * scatter / np.sqrt(len(stretching)))
+    return float(np.mean(stretching)) * float(np.sqrt(len(stretching))) / max(scatter, 1e-30)
 
 
 def _smooth_steps(steps: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ Vector = NDArray[np.float64]
 _THERMAL = 1.0
 """Distance between two gradients from which a second derivative is taken, in standard deviations of the place along the
 field."""
-_DIM = 0.05
+_DIM = 0.02
 """Eigenvalue of the fields' scaled covariance below which a combination of them is not told from noise."""
 
 

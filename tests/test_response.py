@@ -1,0 +1,147 @@
+"""What works answer to maps: against covariances of exact draws, and the shares that follow from it.
+
+Mutations these catch: a field's own derivative left out or the prior's pull, a toll or β counted twice, cost and tether
+interchanged, leaves that answer for each other lost, shares of what no chain can tell, slides where none are wanted.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from volumejax import ensemble as ensemble_module
+from volumejax.ensemble import FIELDS, Ensemble
+from volumejax.frames import frame_of
+from volumejax.metric import plain_metric
+from volumejax.priors import Gaussian
+from volumejax.regions import Connected
+from volumejax.response import flat_shares, respond
+
+PRECISION, BETA, DRAWS = 2.0, 3.0, 20_000
+SIZES = (6, 14)
+
+
+class Coupled(eqx.Module):
+    """½ (Σ h δ² + (r·δ)²) about the anchor."""
+
+    anchor: jax.Array
+    curvature: jax.Array
+    direction: jax.Array
+
+    def __call__(self, params):
+        d = jnp.concatenate([params["a"], params["b"]]) - self.anchor
+        return 0.5 * jnp.sum(self.curvature * d**2) + 0.5 * (self.direction @ d) ** 2
+
+
+def split(flat):
+    return {"a": flat[..., : SIZES[0]], "b": flat[..., SIZES[0] :]}
+
+
+@pytest.fixture
+def few_slide(monkeypatch):
+    """Chains of few coordinates slide as those of many do."""
+    monkeypatch.setattr(ensemble_module, "CHEAP", 1)
+
+
+def question(curvature, direction):
+    rng = np.random.default_rng(3)
+    anchor = rng.normal(size=sum(SIZES)).astype(np.float32)
+    cost = Coupled(*(jnp.asarray(x, jnp.float32) for x in (anchor, curvature, direction)))
+    params = jax.tree.map(jnp.asarray, split(anchor))
+    with jax.enable_x64(True):
+        ensemble = Ensemble(cost, frame_of(Gaussian(1.0), params), jnp.float64(1e9), Connected(), False)
+    metric = plain_metric(params, turns=True)
+    leaves = [jnp.asarray(x, jnp.float32) for x in jax.tree.leaves(split(np.asarray(curvature)))]
+    return ensemble, eqx.tree_at(lambda m: m.curvature, metric, leaves)
+
+
+def answers(ensemble, metric, places):
+    numbers = [jnp.asarray(x, jnp.float32) for x in ([1.0, 1.0], PRECISION, BETA)]
+    positions = jax.vmap(ensemble.position)(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), split(places)))
+    return jax.tree.map(np.asarray, respond(ensemble, metric, positions, *numbers, 500))
+
+
+def drawn(ensemble, curvature, direction):
+    """Exact draws of δ, and X, βE and the B of each field, computed here."""
+    whole = PRECISION * np.eye(len(curvature)) + BETA * (np.diag(curvature) + np.outer(direction, direction))
+    pull = np.concatenate([np.asarray(b) for b in jax.tree.leaves(ensemble.frame.pull)]).astype(float)
+    factor = np.linalg.cholesky(np.linalg.inv(whole))
+    d = np.random.default_rng(0).normal(size=(DRAWS, len(curvature))) @ factor.T - np.linalg.solve(whole, pull)
+    force = d @ whole + pull
+    means = PRECISION + 0.1 + BETA * curvature
+    shares = PRECISION / (PRECISION + BETA * curvature)
+    soft = np.concatenate([(1 / m) / np.mean(1 / m) for m in np.split(means, SIZES[:1])])
+    fields = (d, soft * d, np.broadcast_to(-pull * shares**2 / PRECISION, d.shape))
+    parts = [
+        np.sum(part, axis=1) - divergence
+        for field, divergences in zip(fields, (np.ones_like(soft), soft, 0.0 * soft), strict=True)
+        for part, divergence in zip(
+            np.split(field * force, SIZES[:1], axis=1),
+            (np.sum(x) for x in np.split(divergences, SIZES[:1])),
+            strict=True,
+        )
+    ]
+    energy = 0.5 * BETA * (d**2 @ curvature + (d @ direction) ** 2)
+    return d, np.stack(parts, axis=1), 0.5 * PRECISION * np.sum(d**2, axis=1), energy
+
+
+@pytest.mark.usefixtures("few_slide")
+def test_responses_are_the_covariances_of_the_works():
+    rng = np.random.default_rng(1)
+    curvature, direction = rng.uniform(0.0, 4.0, sum(SIZES)), 0.4 * rng.normal(size=sum(SIZES))
+    ensemble, metric = question(curvature, direction)
+    d, b, x, energy = drawn(ensemble, curvature, direction)
+    found = answers(ensemble, metric, d[:2000])
+
+    def check(values, first, second):
+        products = (first - first.mean(axis=0)) * (second - second.mean(axis=0))
+        mean, error = products.mean(axis=0), products.std(axis=0) / np.sqrt(DRAWS)
+        spread = values.std(axis=0) / np.sqrt(len(values))
+        assert np.all(np.abs(values.mean(axis=0) - mean) < 4.5 * np.hypot(error, spread) + 1e-4 * np.abs(mean))
+
+    for j in range(b.shape[1]):
+        check(found.gram[:, j], b[:, j : j + 1], b)
+    check(found.tether, b, x[:, None])
+    check(found.cost, b, energy[:, None])
+
+
+@pytest.mark.usefixtures("few_slide")
+def test_the_shares_of_a_quadratic():
+    """Leaves of curvatures 0 and 2: the free one is stretched and slides as a whole, the other by a/(a + βh)."""
+    curvature = np.repeat([0.0, 2.0], SIZES)
+    ensemble, metric = question(curvature, np.zeros(sum(SIZES)))
+    found = answers(ensemble, metric, drawn(ensemble, curvature, np.zeros(sum(SIZES)))[0][:400])
+    gram, tether, cost = (np.mean(part, axis=0, dtype=np.float64) for part in found)
+    stiff = PRECISION / (PRECISION + 2.0 * BETA)
+    shares = flat_shares(gram, tether)
+    np.testing.assert_allclose(shares[:2] + shares[2:4], [1.0, stiff], atol=0.03)
+    # The mean −b/(a + βh) moves back by bw²/a per unit of log a, of which the stretch does ½ bw²/a.
+    np.testing.assert_allclose(shares[4:], [1.0, 1.0], atol=0.1)
+    of_cost = flat_shares(gram, cost, slides=False)
+    np.testing.assert_allclose(of_cost[:2] + of_cost[2:4], [0.0, 1.0 - stiff], atol=0.1)
+    assert np.all(of_cost[4:] == 0.0)
+
+
+def test_leaves_part_as_far_as_they_are_told_apart():
+    """½ Σ p B of a covariance that is given is found again, but for what it does not tell."""
+    rng = np.random.default_rng(0)
+    count = 2 * FIELDS
+    factor = np.diag([100.0, 3.0, 80.0, 2.0, 10.0, 1.0]) @ (np.eye(count) + 0.2 * rng.normal(size=(count, count)))
+    gram, wanted = factor @ factor.T, np.array([1.2, -0.4, 0.1, 0.5, 1.0, 3.0])
+    np.testing.assert_allclose(flat_shares(gram, gram @ wanted / 2.0), wanted, atol=0.05)
+    # Softness that is the same everywhere makes two fields one, and rounding must not make much of it.
+    same = np.diag([100.0, 50.0, 0.0, 0.0, 10.0, 10.0])
+    same[2:4], same[:2, 2:4] = same[:2], same[:2, :2]
+    same[2:4, 2:4] = same[:2, :2]
+    blurred = same + 1e-4 * np.sqrt(np.outer(np.diag(same), np.diag(same))) * rng.normal(size=same.shape)
+    shares = flat_shares(blurred, same @ np.array([0.6, 0.6, 0.0, 0.0, 1.0, 1.0]) / 2.0)
+    np.testing.assert_allclose(shares[:2] + shares[2:4], [0.6, 0.6], atol=0.01)
+    assert np.all(np.abs(shares) < 1.5)
+
+
+def test_what_no_chain_knows_stays_where_it_is():
+    gram, slope = np.diag([4.0, np.nan, 4.0, 1.0, 0.0, 0.0]), np.array([1.0, 1.0, 1.0, np.nan, 0.0, 0.0])
+    shares = flat_shares(gram, slope)
+    assert np.all(np.isfinite(shares)) and np.all(shares[[1, 3, 4, 5]] == 0.0) and shares[0] > 0.0
+    assert np.all(flat_shares(np.full((6, 6), np.nan), np.full(6, np.nan)) == 0.0)
