@@ -79,7 +79,7 @@ def test_free_chains_arrive_where_they_belong(free, step):
     for _ in range(6):
         free.visit(x, 1.0, Gait(0.5), np.exp([-x]), 0.0)
     assert settled_at(free, x)
-    free.pending = -0.5 * step * np.array([1.0, 0.0, 1.0])
+    free.pending = -0.5 * step * np.array([1.0, 0.0, 1.0, 0.0])
     # A step so short that nothing but the map moves them.
     free.visit(x + step, 1.0, Gait(1e-6), np.exp([-x]), 0.0)
     assert settled_at(free, x + step)

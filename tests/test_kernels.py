@@ -316,21 +316,22 @@ def test_virials_are_measured_where_the_chain_stands():
     expected = np.stack([d[k] * np.asarray(slope[k]) for k in d], axis=1)
     for row in (0, 1):
         np.testing.assert_allclose(moved.virials[:20, row], expected, atol=1e-4)
-    assert np.all(moved.virials[:, 2] == 0.0)
+    assert np.all(moved.virials[:, 2:] == 0.0)
     stayed = np.asarray(moved.displacement["u"][:20]) == 0.4
     assert 0 < stayed.sum() < 20
 
 
 def test_many_coordinates_slide_against_the_pull_as_far_as_the_cost_lets_them(monkeypatch):
-    """By b/a times the square of the tether's share a/(a + βc)."""
+    """By b/a times the square of the tether's share a/(a + βc), and by b/a alone."""
     monkeypatch.setattr(ensemble_module, "CHEAP", 1)
     ensemble = ensemble_of(PULLED, 1.0)
     metric = eqx.tree_at(lambda m: m.curvature, PLAIN, [jnp.full(x.shape, 3.0) for x in PLAIN.curvature])
     ones = jax.tree.map(jnp.ones_like, HERE)
-    plain, softened, slid = ensemble.fields(metric, ones, (jnp.float32(2.0), jnp.float32(4.0)), HERE)
+    plain, softened, slid, freely = ensemble.fields(metric, ones, (jnp.float32(2.0), jnp.float32(4.0)), HERE)
     assert plain is HERE and softened.keys() == HERE.keys()
     for name, value in slid.items():
         np.testing.assert_allclose(value, -0.5 * ensemble.frame.pull[name] * (2.0 / 14.0) ** 2, rtol=1e-6)
+        np.testing.assert_allclose(freely[name], -0.5 * ensemble.frame.pull[name], rtol=1e-6)
     assert abs(float(slid["u"])) > 1e-4
 
 

@@ -55,7 +55,7 @@ def survey_of(spread_of_slope, *, covariance=0.0, bottom=0.0, step_size=0.3, con
 def leafwise(stretching):
     """Nothing slides."""
     stretches = np.repeat(stretching[..., None] / LEAVES, 2 * LEAVES, axis=-1)
-    return np.concatenate([stretches, np.zeros_like(stretches[..., :LEAVES])], axis=-1)
+    return np.concatenate([stretches, np.zeros_like(stretches)], axis=-1)
 
 
 def kappa(survey, budget=40_000.0, escort=0.9, most_steps=MOST_STEPS):
@@ -258,7 +258,7 @@ def test_the_stretch_is_the_best_one_times_the_escort(covariance, escort, share)
 
 @pytest.mark.parametrize("escort", [1.0, 0.25])
 def test_shares_that_are_given_are_taken_times_the_escort(escort):
-    given = np.array([0.6, 0.2, 0.1, -0.1, 1.0, 0.4])
+    given = np.array([0.6, 0.2, 0.1, -0.1, 1.0, 0.4, -0.3, 0.0])
     survey = dataclasses.replace(survey_of(1.0, covariance=0.3), shares=np.tile(given, (STOPS, 1)))
     rungs = kappa(survey, escort=escort)
     gaps = -np.diff(np.log(rungs.precision[1:]))
@@ -268,7 +268,7 @@ def test_shares_that_are_given_are_taken_times_the_escort(escort):
 def test_one_share_takes_the_works_of_all_leaves():
     """X = ½ 0.7 (B₀ + B₁) and noise; softness and slides have no part in it, and chains that are not known none."""
     numbers = 10.0 * np.random.default_rng(0).normal(size=(40, 8, 3))
-    b = np.concatenate([numbers[..., :2], 7.0 * numbers[..., :2], 5.0 * numbers[..., :2]], axis=-1)
+    b = np.concatenate([scale * numbers[..., :2] for scale in (1.0, 7.0, 5.0, 3.0)], axis=-1)
     x = 0.35 * numbers[..., :2].sum(axis=-1) + 0.1 * numbers[..., 2]
     assert abs(best_share([x], [b]) - 0.7) < 0.01
     x[3, 2], b[7, 1] = np.nan, np.nan

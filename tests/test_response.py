@@ -72,10 +72,10 @@ def drawn(ensemble, curvature, direction):
     means = PRECISION + 0.1 + BETA * curvature
     shares = PRECISION / (PRECISION + BETA * curvature)
     soft = np.concatenate([(1 / m) / np.mean(1 / m) for m in np.split(means, SIZES[:1])])
-    fields = (d, soft * d, np.broadcast_to(-pull * shares**2 / PRECISION, d.shape))
+    fields = (d, soft * d, *(np.broadcast_to(-pull * w / PRECISION, d.shape) for w in (shares**2, 1.0)))
     parts = [
         np.sum(part, axis=1) - divergence
-        for field, divergences in zip(fields, (np.ones_like(soft), soft, 0.0 * soft), strict=True)
+        for field, divergences in zip(fields, (np.ones_like(soft), soft, 0.0 * soft, 0.0 * soft), strict=True)
         for part, divergence in zip(
             np.split(field * force, SIZES[:1], axis=1),
             (np.sum(x) for x in np.split(divergences, SIZES[:1])),
@@ -112,36 +112,54 @@ def test_the_shares_of_a_quadratic():
     curvature = np.repeat([0.0, 2.0], SIZES)
     ensemble, metric = question(curvature, np.zeros(sum(SIZES)))
     found = answers(ensemble, metric, drawn(ensemble, curvature, np.zeros(sum(SIZES)))[0][:400])
-    gram, tether, cost = (np.mean(part, axis=0, dtype=np.float64) for part in found)
     stiff = PRECISION / (PRECISION + 2.0 * BETA)
-    shares = flat_shares(gram, tether)
-    np.testing.assert_allclose(shares[:2] + shares[2:4], [1.0, stiff], atol=0.03)
-    # The mean −b/(a + βh) moves back by bw²/a per unit of log a, of which the stretch does ½ bw²/a.
-    np.testing.assert_allclose(shares[4:], [1.0, 1.0], atol=0.1)
-    of_cost = flat_shares(gram, cost, slides=False)
-    np.testing.assert_allclose(of_cost[:2] + of_cost[2:4], [0.0, 1.0 - stiff], atol=0.1)
-    assert np.all(of_cost[4:] == 0.0)
+    shares = flat_shares(found.gram, found.tether).reshape(FIELDS, 2)
+    np.testing.assert_allclose(shares[0] + shares[1], [1.0, stiff], atol=0.03)
+    # The mean −b/(a + βh) moves back by bw²/a per unit of log a, of which the stretch does a half.
+    np.testing.assert_allclose(shares[2] + np.array([1.0, stiff**-2]) * shares[3], [1.0, 1.0], atol=0.1)
+    of_cost = flat_shares(found.gram, found.cost, slides=False).reshape(FIELDS, 2)
+    np.testing.assert_allclose(of_cost[0] + of_cost[1], [0.0, 1.0 - stiff], atol=0.1)
+    assert np.all(of_cost[2:] == 0.0)
 
 
 def test_leaves_part_as_far_as_they_are_told_apart():
     """½ Σ p B of a covariance that is given is found again, but for what it does not tell."""
     rng = np.random.default_rng(0)
     count = 2 * FIELDS
-    factor = np.diag([100.0, 3.0, 80.0, 2.0, 10.0, 1.0]) @ (np.eye(count) + 0.2 * rng.normal(size=(count, count)))
-    gram, wanted = factor @ factor.T, np.array([1.2, -0.4, 0.1, 0.5, 1.0, 3.0])
-    np.testing.assert_allclose(flat_shares(gram, gram @ wanted / 2.0), wanted, atol=0.05)
+    factor = np.diag([100.0, 3.0, 80.0, 2.0, 10.0, 1.0, 5.0, 4.0]) @ (
+        np.eye(count) + 0.2 * rng.normal(size=(count, count))
+    )
+    gram, wanted = factor @ factor.T, np.array([1.2, -0.4, 0.1, 0.5, 1.0, 3.0, 0.3, -0.2])
+    np.testing.assert_allclose(flat_shares(gram[None], gram[None] @ wanted / 2.0), wanted, atol=0.05)
     # Softness that is the same everywhere makes two fields one, and rounding must not make much of it.
-    same = np.diag([100.0, 50.0, 0.0, 0.0, 10.0, 10.0])
-    same[2:4], same[:2, 2:4] = same[:2], same[:2, :2]
-    same[2:4, 2:4] = same[:2, :2]
+    same = np.kron(np.array([[1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.1, 0.1], [0.0, 0.0, 0.1, 0.1]]),
+                   np.diag([100.0, 50.0]))  # fmt: skip
     blurred = same + 1e-4 * np.sqrt(np.outer(np.diag(same), np.diag(same))) * rng.normal(size=same.shape)
-    shares = flat_shares(blurred, same @ np.array([0.6, 0.6, 0.0, 0.0, 1.0, 1.0]) / 2.0)
-    np.testing.assert_allclose(shares[:2] + shares[2:4], [0.6, 0.6], atol=0.01)
+    slope = same @ np.repeat([0.6, 0.0, 1.0, 0.0], 2) / 2.0
+    shares = flat_shares(blurred[None], slope[None]).reshape(FIELDS, 2)
+    np.testing.assert_allclose(shares[0] + shares[1], [0.6, 0.6], atol=0.01)
+    np.testing.assert_allclose(shares[2] + shares[3], [1.0, 1.0], atol=0.01)
     assert np.all(np.abs(shares) < 1.5)
 
 
+def test_leaves_do_not_part_by_chance():
+    """Four chains that differ as much as they will say nothing of any single leaf; the shares of all are left."""
+    apart, naive = [], []
+    for seed in range(40):
+        noise = 0.3 * np.random.default_rng(seed).normal(size=(4, 2 * FIELDS))
+        gram = np.diag(np.repeat([10.0, 10.0, 10.0, 10.0], 2))
+        slopes = np.repeat([3.0, 0.0, 5.0, 0.0], 2) + 10.0 * noise
+        shares = flat_shares(np.tile(gram, (4, 1, 1)), slopes).reshape(FIELDS, 2)
+        apart.append(abs(shares[0, 0] - shares[0, 1]))
+        naive.append(0.2 * abs(np.diff(slopes.mean(axis=0)[:2])[0]))
+    assert np.mean(apart) < 0.5 * np.mean(naive)
+
+
 def test_what_no_chain_knows_stays_where_it_is():
-    gram, slope = np.diag([4.0, np.nan, 4.0, 1.0, 0.0, 0.0]), np.array([1.0, 1.0, 1.0, np.nan, 0.0, 0.0])
-    shares = flat_shares(gram, slope)
-    assert np.all(np.isfinite(shares)) and np.all(shares[[1, 3, 4, 5]] == 0.0) and shares[0] > 0.0
-    assert np.all(flat_shares(np.full((6, 6), np.nan), np.full(6, np.nan)) == 0.0)
+    gram, slope = np.diag(np.repeat([4.0, 4.0, 1.0, 0.0], 2)), np.repeat([1.0, 1.0, 0.5, 0.0], 2)
+    grams, slopes = np.tile(gram, (3, 1, 1)), np.tile(slope, (3, 1))
+    whole = flat_shares(grams, slopes)
+    assert np.all(np.isfinite(whole)) and whole[0] > 0.0 and np.all(whole[6:] == 0.0)
+    grams[1, 2, 2], slopes[2, 0] = np.nan, np.inf
+    np.testing.assert_allclose(flat_shares(grams, slopes), flat_shares(gram[None], slope[None]))
+    assert np.all(flat_shares(np.full((2, 8, 8), np.nan), np.full((2, 8), np.nan)) == 0.0)

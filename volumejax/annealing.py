@@ -43,7 +43,7 @@ class Record(NamedTuple):
     leaf_squares: np.ndarray
     stretchings: np.ndarray
     """Effect on U of stretching each leaf, B_l = Σ δ ∂U − D_l, then of stretching it by its softness, Σ q (δ ∂U − 1),
-    and of sliding it: of mean zero where no wall is felt; axes [visits, chains, FIELDS · leaves]."""
+    and of sliding it either way: of mean zero where no wall is felt; axes [visits, chains, FIELDS · leaves]."""
     rises: np.ndarray
     """The part of it that is E's own."""
     work_down: np.ndarray
@@ -171,16 +171,19 @@ def _visit_one(
         # The way back takes the same map, which is the upper rung's.
         precisions, upper = scene(above)
         soft, treedef = jax.tree.flatten(ensemble.softness(precisions))
-        plain, softened, slid = jnp.asarray(table.stretch)[above].astype(jnp.float32).reshape(FIELDS, len(soft))
+        plain, softened, *slid = jnp.asarray(table.stretch)[above].astype(jnp.float32).reshape(FIELDS, len(soft))
         logs = [s + t * q for s, t, q in zip(plain, softened, soft, strict=True)]
         gains = treedef.unflatten([jnp.expm1(sign * s) for s in logs])
         shift = None
         if ensemble.slides:
             # A free coordinate goes from −b/a to −b/a', beside which it is stretched.
-            ways = [-jnp.exp(s) * jnp.expm1(s) for s in slid]
             backs = [jnp.where(sign > 0.0, 1.0, -jnp.exp(-s)) for s in logs]
-            slides = jax.tree.leaves(ensemble.slide(metric, *upper))
-            shift = treedef.unflatten([x * way * back for x, way, back in zip(slides, ways, backs, strict=True)])
+            slides = [jax.tree.leaves(way) for way in ensemble.slide(metric, *upper)]
+            goes = [
+                sum(-jnp.exp(s[i]) * jnp.expm1(s[i]) * way[i] for s, way in zip(slid, slides, strict=True)) * back
+                for i, back in enumerate(backs)
+            ]
+            shift = treedef.unflatten(goes)
         there = (jnp.asarray(table.precision)[target], jnp.asarray(table.beta)[target])
         return ensemble.carry(position, metric, gains, shift, state, there)
 
@@ -191,7 +194,7 @@ def _visit_one(
     stretchings = [
         state[1] * virial + state[0] * tree.leaf_dots(x, place) + tree.leaf_dots(x, pull) - divergence
         for virial, x, divergence in zip(
-            position.virials, ensemble.fields(metric, *scene(here), place), (sizes, sizes, 0.0), strict=True
+            position.virials, ensemble.fields(metric, *scene(here), place), (sizes, sizes, 0.0, 0.0), strict=True
         )
     ]
     seen = {

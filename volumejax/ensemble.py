@@ -45,8 +45,9 @@ each takes: where a chain is held in a place much narrower than most, only the s
 CHEAP = 1000
 """Below so many dimensions regions may have arms, where no one step and no one map fits: steps are spread, and maps
 stretch all leaves alike and slide none."""
-FIELDS = 3
-"""Ways to move each leaf from one rung to the next: stretch it, stretch it by its softness, and slide it along b."""
+FIELDS = 4
+"""Ways to move each leaf from one rung to the next: stretch it, stretch it by its softness, slide it along b as far as
+the cost lets each coordinate, and slide it as if there were none."""
 
 
 _BULGE = 0.7
@@ -85,7 +86,7 @@ class Rung(eqx.Module):
     num_moves: Any
     stretch: Float[Array | np.ndarray, "*levels stretches"]
     """log of the factor by which each leaf is scaled on the way to the next rung, then what comes to it times softness,
-    then half the change of log a for which it slides; FIELDS · leaves numbers."""
+    then half the changes of log a for which it slides in either way; FIELDS · leaves numbers."""
 
     @property
     def gradients(self) -> Any:
@@ -248,15 +249,18 @@ class Ensemble(eqx.Module):
         """Whether the prior pulls, and chains may follow: those of the star stay on their rays."""
         return self.frame.pull is not None and not self.checks and self.dimension >= CHEAP
 
-    def slide(self, metric: Metric, precision: Array, beta: Array) -> PyTree:
-        """Return b/a times the square of each coordinate's share of a in its mean precision p, in turned coordinates.
+    def slide(self, metric: Metric, precision: Array, beta: Array) -> list[PyTree]:
+        """Return b/a times the square of each coordinate's share of a in its mean precision p, and b/a, in turned ones.
 
-        The mean −b/p of a coordinate moves back by so much per unit of log a. Zero where nothing slides.
+        The mean −b/p of a coordinate moves back by the first per unit of log a. The second keeps the parameters of a
+        leaf in proportion, as a stretch of the next one asks for. Zero where nothing slides.
         """
         if not self.slides:
-            return jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), jnp.float32), self.frame.anchor)
+            still = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), jnp.float32), self.frame.anchor)
+            return [still, still]
         shares = metric.tether_shares(precision, beta, self.frame.anchor)
-        return jax.tree.map(lambda b, w: b * w * w / precision, metric.turned(self.frame.pull), shares)
+        free = jax.tree.map(lambda b: b / precision, metric.turned(self.frame.pull))
+        return [jax.tree.map(lambda b, w: b * w * w, free, shares), free]
 
     def fields(self, metric: Metric, precisions: PyTree, state: tuple[Array, Array], place: PyTree) -> list[PyTree]:
         """Return the ways in which maps may move a chain, each twice what free coordinates need per unit of log a.
@@ -268,7 +272,7 @@ class Ensemble(eqx.Module):
             place: δ in turned coordinates.
         """
         softened = jax.tree.map(jnp.multiply, self.softness(precisions), place)
-        return [place, softened, jax.tree.map(jnp.negative, self.slide(metric, *state))]
+        return [place, softened, *(jax.tree.map(jnp.negative, way) for way in self.slide(metric, *state))]
 
     def carry(
         self, position: Position, metric: Metric, gains: PyTree, shift: PyTree | None,

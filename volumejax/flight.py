@@ -241,19 +241,17 @@ class Flight:
             slopes = [0.5 * np.exp(x) * record.square for record, x in zip(records, xs, strict=True)]
             return self._alike(best_share(slopes, [record.stretchings for record in records]))
         if self.confined(beta, records[-1]) < _FREE:
-            return np.repeat([1.0, 0.0, 1.0], len(self.pending) // FIELDS)
+            return np.repeat([1.0, 0.0, 1.0, 0.0], len(self.pending) // FIELDS)
         response = self.respond(x, beta, variance)
         return flat_shares(response.gram, response.tether)
 
     def respond(self, x: float, beta: float, variance: np.ndarray) -> Response:
-        """Return how works answer to maps where the chains stand, the mean over them."""
+        """Return how the works of each chain answer to maps where it stands."""
         numbers = [jnp.asarray(n, jnp.float32) for n in (1.0 / variance, np.exp(x), beta)]
         here = joined([respond(self.ensemble, self.metric, p, *numbers, self.batch_size) for p in self.positions])
         self.gradients += 2 * len(self.pending) + 1
-        known = np.isfinite(here.gram).all(axis=(1, 2))
-        mean = Response(*(np.mean(part[known], axis=0, dtype=np.float64) for part in here))
-        self.response = (float(np.log(beta)), mean)
-        return mean
+        self.response = (float(np.log(beta)), here)
+        return here
 
     def growth(self, beta: float, record: Record, shares: np.ndarray) -> float:
         """Return by how many e-folds the cost grows per unit of −x along the maps last found; 0 where it is not known.
@@ -263,11 +261,11 @@ class Flight:
         confined = self.confined(beta, record)
         if self.as_one or self.response is None or confined < _FREE:
             return 0.0
-        return max(0.5 * float(self.response[1].cost @ shares) / confined, 0.0)
+        return max(0.5 * float(np.nanmean(self.response[1].cost @ shares)) / confined, 0.0)
 
     def _alike(self, share: float) -> np.ndarray:
         """Return shares that stretch all leaves alike."""
-        return np.repeat([share, 0.0, 0.0], len(self.pending) // FIELDS)
+        return np.repeat([share, 0.0, 0.0, 0.0], len(self.pending) // FIELDS)
 
     def gaussian_scatter(self, x: float) -> float:
         """Return the standard deviation of B in a Gaussian of that log a about its own mean."""

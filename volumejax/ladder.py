@@ -63,7 +63,7 @@ class Survey:
     Attributes:
         x: log precision, shape (stops,).
         slope: X = ½ a|δ|² of each chain at each visit, for each stop an array of shape (visits, chains).
-        stretching: B of each leaf, plain, by softness and of its slide, likewise with a last axis of FIELDS · leaves.
+        stretching: B of each leaf, plain, by softness and of its slides, likewise with a last axis of FIELDS · leaves.
         leaf_variance: mean square of each leaf's δ, shape (stops, leaves).
         leaf_sizes: coordinates of each leaf.
         unevenness: of the curvature, from the metric.

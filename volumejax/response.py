@@ -25,12 +25,14 @@ Vector = NDArray[np.float64]
 _THERMAL = 1.0
 """Distance between two gradients from which a second derivative is taken, in standard deviations of the place along the
 field."""
+_AGREED = 2.0
+"""Standard errors below which a mean over chains is taken for chance."""
 _DIM = 0.02
 """Eigenvalue of the fields' scaled covariance below which a combination of them is not told from noise."""
 
 
 class Response(NamedTuple):
-    """Derivatives along the fields u, of each leaf: float64, fields as `Ensemble.fields` has them, then leaves."""
+    """Derivatives along the fields u, of each leaf: float32, fields as `Ensemble.fields` has them, then leaves."""
 
     gram: Any
     """u_j·∇B_k, shape (..., FIELDS · leaves, FIELDS · leaves)."""
@@ -68,7 +70,7 @@ def respond(
         fields = ensemble.fields(metric, precisions, (precision, beta), place)
         leaves, means, softness = (jax.tree.leaves(x) for x in (place, precisions, ensemble.softness(precisions)))
         moves = [jnp.stack(of_leaf) for of_leaf in zip(*map(jax.tree.leaves, fields), strict=True)]
-        rates = [jnp.stack([jnp.ones_like(w), w, jnp.zeros_like(w)]) for w in softness]
+        rates = [jnp.stack([jnp.ones_like(w), w, *(FIELDS - 2) * [jnp.zeros_like(w)]]) for w in softness]
         felt, whole = force(d), [precision * x for x in leaves]
         if ensemble.frame.pull is not None:
             whole = [x + b for x, b in zip(whole, jax.tree.leaves(metric.turned(ensemble.frame.pull)), strict=True)]
@@ -96,34 +98,38 @@ def respond(
     return jax.lax.map(one, positions.displacement, batch_size=batch_size or len(positions.cost))
 
 
-def flat_shares(gram: Vector, slope: Vector, *, slides: bool = True) -> Vector:
+def flat_shares(grams: NDArray[np.floating], slopes: NDArray[np.floating], *, slides: bool = True) -> Vector:
     """Return the shares p that flatten a work on average.
 
     One share for all is found first, and one for their slide; then the leaves part from it, soft coordinates from stiff
-    ones, and the slides of the leaves, as far as their responses tell them apart.
+    ones, and the slides of the leaves, as far as their responses tell them apart and the chains agree.
 
     Args:
-        gram: u_j·∇B_k, shape (FIELDS · leaves, FIELDS · leaves).
-        slope: u_j·∇ of what the work is without a map, shape (FIELDS · leaves,).
-        slides: False keeps the last field's shares at zero.
+        grams: u_j·∇B_k of each chain, shape (chains, FIELDS · leaves, FIELDS · leaves).
+        slopes: u_j·∇ of what the work is without a map, shape (chains, FIELDS · leaves).
+        slides: False keeps the shares of all slides at zero.
     """
-    count = len(slope)
+    count = slopes.shape[1]
     leaves = count // FIELDS
-    scale = np.sqrt(np.maximum(np.diag(gram), 0.0))
-    free = np.isfinite(gram).all(axis=1) & np.isfinite(slope) & (scale > 0.0)
-    free[2 * leaves :] &= slides
-    if not free.any():
+    known = np.isfinite(grams).all(axis=(1, 2)) & np.isfinite(slopes).all(axis=1)
+    if not known.any():
         return np.zeros(count)
+    grams, slopes = (values[known].astype(np.float64) for values in (grams, slopes))
+    gram = grams.mean(axis=0)
+    scale = np.sqrt(np.maximum(np.diag(gram), 0.0))
+    free = scale > 0.0
+    free[2 * leaves :] &= slides
+    weights = np.divide(1.0, scale, out=np.zeros(count), where=free)
     together = np.zeros((count, 2))
     together[:leaves, 0] = free[:leaves]
-    together[2 * leaves :, 1] = free[2 * leaves :]
+    together[2 * leaves : 3 * leaves, 1] = free[2 * leaves : 3 * leaves]
     together = together[:, together.any(axis=0)]
-    gram, slope = np.where(np.outer(free, free), gram, 0.0), np.where(free, slope, 0.0)
-    inner = together.T @ gram @ together
-    shares = together @ np.linalg.lstsq(inner, together.T @ slope, rcond=1e-9)[0]
-    weights = np.divide(1.0, scale, out=np.zeros(count), where=free)
-    scaled = weights[:, None] * (0.5 * (gram + gram.T)) * weights
-    values, vectors = np.linalg.eigh(scaled)
-    trust = np.where(values > 0.0, values / (np.square(values) + _DIM**2), 0.0)
-    rest = weights * (slope - gram @ shares)
-    return 2.0 * (shares + weights * (vectors @ (trust * (vectors.T @ rest))))
+    slope = together.T @ slopes.mean(axis=0)
+    shares = together @ np.linalg.lstsq(together.T @ gram @ together, slope, rcond=1e-9)[0]
+    values, vectors = np.linalg.eigh(weights[:, None] * (0.5 * (gram + gram.T)) * weights)
+    rest = ((slopes - grams @ shares) * weights) @ vectors
+    mean, trust = rest.mean(axis=0), np.where(values > 0.0, values / (np.square(values) + _DIM**2), 0.0)
+    if len(rest) > 1:
+        chance = np.square(_AGREED) * np.var(rest, axis=0, ddof=1) / len(rest)
+        trust *= np.maximum(1.0 - chance / np.maximum(np.square(mean), 1e-300), 0.0)
+    return 2.0 * (shares + weights * (vectors @ (trust * mean)))
