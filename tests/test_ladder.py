@@ -243,6 +243,15 @@ def test_a_drift_of_all_chains_is_no_scatter():
     np.testing.assert_allclose(both[0].precision, both[1].precision)
 
 
+def test_bends_are_taken_to_be_slow_where_dimensions_are_many():
+    """Works of one visit do not tell their memory; rungs then lie as close as eight visits of it ask for."""
+    confined = np.linspace(0.0, 50.0, STOPS)
+    bent = dataclasses.replace(survey_of(8.0), confined=confined, shares=np.zeros((STOPS, FIELDS * LEAVES)))
+    x = [np.log(kappa(dataclasses.replace(bent, unevenness=u), budget=100_000.0).precision) for u in (0.0, 0.3)]
+    even, uneven = (np.mean(values < 2.0) for values in x)
+    assert uneven > 1.3 * even
+
+
 def total_stretch(rungs):
     """Of each leaf, since in the survey all coordinates are of the same softness."""
     return rungs.stretch[:, :LEAVES] + rungs.stretch[:, LEAVES : 2 * LEAVES]

@@ -33,6 +33,9 @@ _PROBE, _LOST = 0.1, 0.01
 """A map over so much of x may take this share of the chains through the wall."""
 _MEMORY = 3.0
 """What remembered work counts against fresh scatter: both widen the bound, but only the first sets the passes apart."""
+_SLOW = 7.0
+"""Visits beyond the first that works are remembered for where bends soften the region most: on the digits network their
+lag says 8 to 16, and the few visits of a pilot 2 to 15."""
 _LONGEST_MEMORY = 20.0
 """Visits, at most, over which chains are taken to remember."""
 _PER_SHARE, _EXACT, _SURE = 8.0, 0.01, 3.0
@@ -251,16 +254,22 @@ def trajectory_length(confined: Vector, last: float, unevenness: float) -> Vecto
     lose most of their memory in one trajectory. Less where masses are a lower power of the mean precisions: most
     directions then turn faster.
     """
+    longer = 3.5 * float(mass_power(unevenness)) - 1.0
+    return np.asarray(0.5 * np.pi * (1.0 + longer * _softened(confined, last, unevenness)))
+
+
+def _softened(confined: Vector, last: float, unevenness: float) -> Vector:
+    """Return how far bends make the region softer than the prior at that λ, between 0 and 1."""
     share = np.clip(np.asarray(confined) / max(last, 1.0), 0.0, 1.0)
-    bent = np.clip(unevenness / _BENT, 0.0, 1.0)
-    return np.asarray(0.5 * np.pi * (1.0 + (3.5 * float(mass_power(unevenness)) - 1.0) * bent * share**4))
+    return np.clip(unevenness / _BENT, 0.0, 1.0) * share**4
 
 
 def _smooth_work(survey: Survey, escort: float) -> tuple[Vector, Vector, Vector]:
     """Return at each stop the best shares p, the variance of the work per unit of x, and its memory in visits.
 
     Moments are taken about the mean over chains, so that drift does not count, then their median over neighbours;
-    the last stop, where the chains stay longest, speaks for itself and has the longest memory that is believed.
+    the last stop, where the chains stay longest, speaks for itself and has the longest memory that is believed. Modes
+    slower than the pilot's visits last are taken to be there where bends soften a region of many dimensions.
     """
     stops, leaves = len(survey.x), len(survey.leaf_sizes)
     x, b = (
@@ -289,7 +298,10 @@ def _smooth_work(survey: Survey, escort: float) -> tuple[Vector, Vector, Vector]
         chains = works[0].shape[1]
         variance[i] = max(float(np.median([np.mean(w**2) for w in works])) * chains / max(chains - 1, 1), 1e-6)
         memory[i] = _memory(works)
-    return shares, variance, np.minimum(memory, memory[-1])
+    memory = np.minimum(memory, memory[-1])
+    if survey.shares is not None:
+        memory = np.maximum(memory, 1.0 + _SLOW * _softened(survey.confined, survey.confined[-1], survey.unevenness))
+    return shares, variance, memory
 
 
 def _samples(slopes: list[Vector]) -> float:

@@ -124,9 +124,10 @@ class Metric(eqx.Module):
     def precisions(self, stiffness: Float[Array, "leaves"], precision: Array, beta: Array, like: PyTree) -> PyTree:
         """Return each coordinate's mean precision, ∝ a + βc.
 
-        Where curvature is known but for a factor, their inverses at `self.beta` add up to the whole mean square of δ.
-        A leaf whose own mean square is more than `_AGREES` times off, against what it was where the metric was fitted,
-        has another curvature here, and is rescaled by the rest.
+        The unit is such that their inverses at `self.beta` add up to the whole mean square of δ, whatever the curvature
+        says: where the region is wider, trajectories have further to go. A leaf whose own mean square is more than
+        `_AGREES` times off, against all others or, where that is known, against what it was where the metric was
+        fitted, has another curvature here, and is rescaled by the rest.
 
         Args:
             stiffness: as for `masses`.
@@ -153,13 +154,12 @@ class Metric(eqx.Module):
         """Return mean precisions as the curvature has them, and the factor by which each leaf is to be rescaled."""
         least = [precision + _FLOOR * stiffness[leaf] for leaf in range(len(self.curvature))]
         widths = [jnp.sum(1.0 / (b + self.beta * c)) for b, c in zip(least, self.curvature, strict=True)]
-        known = ~jnp.isnan(self.excess)
-        excess = jnp.where(known, self.excess, 1.0)
-        seen = [c.size / stiffness[leaf] / excess[leaf] for leaf, c in enumerate(self.curvature)]
-        unit = jnp.where(jnp.all(known), 1.0, jnp.sum(jnp.stack(widths)) / jnp.sum(jnp.stack(seen)))
+        seen = [c.size / stiffness[leaf] for leaf, c in enumerate(self.curvature)]
+        unit = jnp.sum(jnp.stack(widths)) / jnp.sum(jnp.stack(seen))
+        agreeing = jnp.where(jnp.isnan(self.excess), unit, 1.0 / self.excess)
         scales = []
-        for width, found in zip(widths, seen, strict=True):
-            off = jnp.log(width / (unit * found))
+        for leaf, (width, found) in enumerate(zip(widths, seen, strict=True)):
+            off = jnp.log(width / (agreeing[leaf] * found))
             scales.append(jnp.exp(jnp.sign(off) * jnp.maximum(jnp.abs(off) - jnp.log(_AGREES), 0.0)))
         return [unit * (b + beta * c) for b, c in zip(least, self.curvature, strict=True)], scales
 
