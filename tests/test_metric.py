@@ -134,7 +134,7 @@ def test_a_cost_that_leans_against_the_prior_is_no_stiffer(leaning):
 
 @pytest.mark.parametrize(("wider", "factor"), [(1.0, 1.0), (3.0, 1.0), (40.0, 0.1), (1 / 40.0, 10.0)])
 def test_masses_are_the_mean_precision_but_where_a_leaf_has_changed(leaning, wider, factor):
-    """Its mean square holds that of the mean, which says nothing of how stiff it is."""
+    """Its mean square holds that of the mean, which says nothing of how stiff it is, but sets how far there is to go."""
     slopes, others, _ = leaning
     squares = np.array([200.0])
     metric = fit_metric(
@@ -144,7 +144,8 @@ def test_masses_are_the_mean_precision_but_where_a_leaf_has_changed(leaning, wid
     (masses,) = metric.masses(jnp.asarray(1.0 / (wider * squares), jnp.float32), *state)
     expected = PRECISION + 0.1 / (wider * squares) + BETA * np.asarray(metric.curvature[0])
     # The floor of a tenth of its stiffness, as its spread tells it, counts for its width.
-    np.testing.assert_allclose(masses, factor * expected, rtol=0.01)
+    unit = np.mean(1.0 / expected) / (wider * squares)
+    np.testing.assert_allclose(masses, factor * unit * expected, rtol=0.01)
 
 
 def uneven(spread, samples=4000):
