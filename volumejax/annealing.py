@@ -25,6 +25,8 @@ Table = TypeVar("Table")
 
 MOST_VISITS = 32
 """Rungs visited in one call of the compiled program, at most."""
+_FURTHEST = 5.0
+"""Half a change of log a up to which a slide grows like its exponential; the last may be infinite."""
 TABLE = 1024
 """Rungs that a table holds at least, so that different ladders share one program."""
 
@@ -177,10 +179,15 @@ def _visit_one(
         shift = None
         if ensemble.slides:
             # A free coordinate goes from −b/a to −b/a', beside which it is stretched.
+            # Exactly so for a share of one; a leaf with little pull may have a share of hundreds.
+            lower = jnp.asarray(table.precision, jnp.float32)[above + 1]
+            half = jnp.clip(0.5 * jnp.log(upper[0] / lower), -_FURTHEST, _FURTHEST)
+            half = jnp.where(jnp.abs(half) > 1e-6, half, 1e-6)
+            pace = -jnp.exp(half) * jnp.expm1(half) / half
             backs = [jnp.where(sign > 0.0, 1.0, -jnp.exp(-s)) for s in logs]
             slides = [jax.tree.leaves(way) for way in ensemble.slide(metric, *upper)]
             goes = [
-                sum(-jnp.exp(s[i]) * jnp.expm1(s[i]) * way[i] for s, way in zip(slid, slides, strict=True)) * back
+                sum(pace * s[i] * way[i] for s, way in zip(slid, slides, strict=True)) * back
                 for i, back in enumerate(backs)
             ]
             shift = treedef.unflatten(goes)

@@ -45,7 +45,7 @@ _LATE = 2.0
 _LEAST_VISITS, _MOST_VISITS, _LAG, _SCATTER = 4, 24, 1.5, 2.0
 """Visits to each stop on the way up, the standard errors of B from which on chains count as lagging behind, and by how
 much more than those of a Gaussian settled ones may scatter."""
-_HURRY = 2.0
+_HURRY = 4.0
 """By how much a budget that is twice overspent may thin these out, in visits and, together, in the number of stops."""
 _RECENT = 12
 """Visits on the way down whose slopes make the metric."""
