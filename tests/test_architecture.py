@@ -21,7 +21,7 @@ LAYERS = [
     ["low_rank"],
     ["tempering"],
     ["casting", "tuning", "ensemble"],
-    ["kernels", "ladder"],
+    ["kernels", "ladder", "response"],
     ["annealing", "particles"],
     ["flight", "release", "tally", "descent"],
     ["pilot"],

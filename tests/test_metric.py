@@ -134,7 +134,7 @@ def test_a_cost_that_leans_against_the_prior_is_no_stiffer(leaning):
 
 @pytest.mark.parametrize(("wider", "factor"), [(1.0, 1.0), (3.0, 1.0), (40.0, 0.1), (1 / 40.0, 10.0)])
 def test_masses_are_the_mean_precision_but_where_a_leaf_has_changed(leaning, wider, factor):
-    """Its mean square holds that of the mean, which says nothing of how stiff it is, but sets how far there is to go."""
+    """Its mean square holds that of the mean, which says nothing of how stiff it is but sets how far there is to go."""
     slopes, others, _ = leaning
     squares = np.array([200.0])
     metric = fit_metric(

@@ -247,8 +247,10 @@ class Flight:
 
     def respond(self, x: float, beta: float, variance: np.ndarray) -> Response:
         """Return how the works of each chain answer to maps where it stands."""
-        numbers = [jnp.asarray(n, jnp.float32) for n in (1.0 / variance, np.exp(x), beta)]
-        here = joined([respond(self.ensemble, self.metric, p, *numbers, self.batch_size) for p in self.positions])
+        stiffness, precision, now = (jnp.asarray(n, jnp.float32) for n in (1.0 / variance, np.exp(x), beta))
+        here = joined(
+            [respond(self.ensemble, self.metric, p, stiffness, precision, now, self.batch_size) for p in self.positions]
+        )
         self.gradients += 2 * len(self.pending) + 1
         self.response = (float(np.log(beta)), here)
         return here

@@ -261,7 +261,7 @@ def trajectory_length(confined: Vector, last: float, unevenness: float) -> Vecto
 def _softened(confined: Vector, last: float, unevenness: float) -> Vector:
     """Return how far bends make the region softer than the prior at that λ, between 0 and 1."""
     share = np.clip(np.asarray(confined) / max(last, 1.0), 0.0, 1.0)
-    return np.clip(unevenness / _BENT, 0.0, 1.0) * share**4
+    return np.asarray(np.clip(unevenness / _BENT, 0.0, 1.0) * share**4)
 
 
 def _smooth_work(survey: Survey, escort: float) -> tuple[Vector, Vector, Vector]:

@@ -90,8 +90,10 @@ def respond(
                 for k in range(FIELDS)
                 for i in range(len(leaves))
             ]
-            slope = precision * sum(jnp.sum(x * y) for x, y in zip(u, leaves, strict=True))
-            return jnp.stack(row), slope, sum(jnp.sum(x * g) for x, g in zip(u, felt, strict=True))
+            held, pushed = (
+                jnp.sum(jnp.stack([jnp.sum(x * y) for x, y in zip(u, other, strict=True)])) for other in (leaves, felt)
+            )
+            return jnp.stack(row), precision * held, pushed
 
         return Response(*jax.lax.map(along, jnp.arange(FIELDS * len(leaves))))
 
