@@ -44,6 +44,7 @@ def survey_of(spread_of_slope, *, covariance=0.0, bottom=0.0, step_size=0.3, con
         rises=[np.full((1, TABLE, FIELDS * LEAVES), 0.1) for _ in x],
         confined=np.full(STOPS, confined),
         shares=None,
+        walled=True,
         inside=np.ones(STOPS),
         beta=500.0,
         natural_beta=200.0,
@@ -154,6 +155,8 @@ def test_few_visits_that_seem_to_flow_through_a_wall_do_not_stop_the_maps():
         stretching=few_visits(0, -300.0),
     )  # fmt: skip
     assert np.mean(kappa(flowing, escort=1.0).stretch[1:-1, 0]) < 1e-3
+    # Where there is no wall but the cost's, chains that lag behind look just so.
+    assert np.mean(kappa(dataclasses.replace(flowing, walled=False), escort=1.0).stretch[1:-1, 0]) > 5e-3
 
 
 def test_trajectories_lengthen_as_the_cost_confines_and_less_where_masses_are_more_alike():

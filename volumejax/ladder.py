@@ -76,6 +76,7 @@ class Survey:
         rises: the part of B that is the cost's, likewise.
         confined: λ(x) = β(E − C(θ0)), nats.
         shares: of the maps, shape (stops, FIELDS · leaves); None finds one stretch for all leaves from the works.
+        walled: whether there may be other walls than the cost's: a prior's, a segment's, an arm's in few dimensions.
         inside: share of trajectories that the region allowed, where no one map fits all of it; else 1.
         beta: inverse temperature of the κ ladder.
         natural_beta: where the mean cost is the cutoff.
@@ -95,6 +96,7 @@ class Survey:
     rises: list[Vector]
     confined: Vector
     shares: Vector | None
+    walled: bool
     inside: Vector
     beta: float
     natural_beta: float
@@ -291,7 +293,9 @@ def _smooth_work(survey: Survey, escort: float) -> tuple[Vector, Vector, Vector]
             shares[i] = survey.shares[i]
         shares[i] *= escort
         shares[i] *= (
-            0.0 if survey.pressed(i) else _bearable(shares[i], survey.room[i], survey.rises[i], survey.stretching[i])
+            0.0
+            if survey.pressed(i)
+            else _bearable(shares[i], survey.room[i], survey.rises[i], survey.stretching[i] if survey.walled else None)
         )
         shares[i] *= float(np.clip((np.mean(survey.inside[near]) - _CROWDED) / (_FREE - _CROWDED), 0.0, 1.0))
         works = [x[j] - 0.5 * b[j] @ shares[i] for j in near]
@@ -309,19 +313,22 @@ def _samples(slopes: list[Vector]) -> float:
     return 0.5 * sum(v.size for v in slopes) * (1.0 - 1.0 / slopes[0].shape[1])
 
 
-def _bearable(shares: Vector, room: Vector, rises: Vector, stretchings: Vector) -> float:
+def _bearable(shares: Vector, room: Vector, rises: Vector, stretchings: Vector | None) -> float:
     """Return the part of a stretch that chains can take: a map through the wall costs one its weight.
 
     Where the cost rises towards the wall its slope tells which chains would be lost. Any other wall shows in the mean
-    of B, which is less than zero by the share of chains that a stretch drives through it.
+    of B, which is less than zero by the share of chains that a stretch drives through it; None where there is none to
+    look for, and where chains of many dimensions lag by hundreds of nats.
     """
     stretch = 0.5 * _PROBE * shares
     rise, room = rises @ stretch, np.maximum(room, 0.0)
-    flows = np.reshape(stretchings, (-1, len(shares))) @ stretch
-    # Of so few visits as Student has it, each counted for half.
-    count = max(0.5 * len(flows), 2.0)
-    sure = float(stats.t.isf(stats.norm.sf(_SURE), count - 1.0))
-    through = -float(np.mean(flows) + sure * np.std(flows) / np.sqrt(count))
+    through = 0.0
+    if stretchings is not None:
+        flows = np.reshape(stretchings, (-1, len(shares))) @ stretch
+        # Of so few visits as Student has it, each counted for half.
+        count = max(0.5 * len(flows), 2.0)
+        sure = float(stats.t.isf(stats.norm.sf(_SURE), count - 1.0))
+        through = -float(np.mean(flows) + sure * np.std(flows) / np.sqrt(count))
     parts = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
     return next((p for p in parts if np.mean(p * rise > room) <= _LOST and p * through <= _LOST), 0.0)
 

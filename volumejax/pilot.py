@@ -301,6 +301,7 @@ def _survey(flight: Flight, stops: list[Stop], beta: float, natural: float) -> S
         rises=[np.nan_to_num(stop.record.rises) for stop in stops],
         confined=confined,
         shares=None if flight.as_one else np.stack([stop.shares for stop in stops]),
+        walled=flight.as_one or ensemble.frame.walls is not None or ensemble.frame.ball is not None,
         inside=np.array([float(np.mean(stop.record.inside)) if small else 1.0 for stop in stops]),
         beta=beta,
         natural_beta=natural,
