@@ -306,9 +306,9 @@ class Flight:
         )
         betas = np.repeat([beta for beta, _ in self.slopes], self.chains.size)
         frame = self.ensemble.frame
-        # Behind walls the prior pushes besides. Small problems have arms, where chains stand far from any mean.
+        # Behind walls, a prior's or a segment's, these push besides. Small problems have arms, far from any mean.
         rest = None
-        if frame.walls is None and frame.ball is None and self.ensemble.dimension >= CHEAP:
+        if not self.as_one and frame.walls is None and frame.ball is None:
             squares = variances(self.ensemble, self.recent[-1][1])
             rest = Rest(pulls, float(np.mean([a for a, _ in self.pulls])), squares)
         turns = frame.walls is None
