@@ -28,9 +28,11 @@ _MOST_NUMBERS = 20_000_000
 _DEAR_FIT, _FRESH = 4_000_000, 0.25
 """Numbers from which on a fit costs more than a visit, and waits until this share of them is new."""
 POOLED = 4
-"""Records that say together how the maps should stretch."""
+"""Records that say together how the maps should stretch where they stretch all alike."""
 _ALIKE = 0.5
 """Of two log β, the difference up to which both tell the map to a third."""
+_STEEPEST = 4.0
+"""E-folds per unit of x by which a cost is believed to grow at most."""
 _FREE = 0.5
 """λ up to which all is taken for free."""
 _UNEVEN_SPREAD = 3.0
@@ -263,7 +265,9 @@ class Flight:
         confined = self.confined(beta, record)
         if self.as_one or self.response is None or confined < _FREE:
             return 0.0
-        return max(0.5 * float(np.nanmean(self.response[1].cost @ shares)) / confined, 0.0)
+        rates = 0.5 * (self.response[1].cost @ shares) / confined
+        known = rates[np.isfinite(rates)]
+        return float(np.clip(np.mean(known), 0.0, _STEEPEST)) if known.size else 0.0
 
     def _alike(self, share: float) -> np.ndarray:
         """Return shares that stretch all leaves alike."""

@@ -248,7 +248,7 @@ def _settle_beta(flight: Flight, stop: Stop, factor: float, until: float) -> tup
             return visits < _MOST_SETTLING and flight.pressed(records[-1], stop.x, beta)
         # B is negative while they move outwards.
         behind = _certainty(flight, joined(records[-_LEAST_SETTLING // 2 :]), stop.x, beta) < -_LAG
-        return behind and flight.gradients < _LATE * until
+        return behind and visits < _LATE * _MOST_SETTLING and flight.gradients < _LATE * until
 
     while goes_on():
         gait, record = flight.settle_gait(stop.x, beta, gait, variance, 1e9, most=1)

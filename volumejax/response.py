@@ -25,6 +25,8 @@ Vector = NDArray[np.float64]
 _THERMAL = 1.0
 """Distance between two gradients from which a second derivative is taken, in standard deviations of the place along the
 field."""
+_FURTHEST = 3.0
+"""Share of a free direction's stretch that a leaf may be given, either way: one grows while another shrinks."""
 _AGREED = 2.0
 """Standard errors below which a mean over chains is taken for chance."""
 _DIM = 0.02
@@ -123,7 +125,8 @@ def flat_shares(grams: NDArray[np.floating], slopes: NDArray[np.floating], *, sl
     free[2 * leaves :] &= slides
     weights = np.divide(1.0, scale, out=np.zeros(count), where=free)
     together = np.zeros((count, 2))
-    together[:leaves, 0] = free[:leaves]
+    # A leaf whose own curvature came out negative goes with the others.
+    together[:leaves, 0] = np.diag(gram)[:leaves] != 0.0
     together[2 * leaves : 3 * leaves, 1] = free[2 * leaves : 3 * leaves]
     together = together[:, together.any(axis=0)]
     slope = together.T @ slopes.mean(axis=0)
@@ -134,4 +137,6 @@ def flat_shares(grams: NDArray[np.floating], slopes: NDArray[np.floating], *, sl
     if len(rest) > 1:
         chance = np.square(_AGREED) * np.var(rest, axis=0, ddof=1) / len(rest)
         trust *= np.maximum(1.0 - chance / np.maximum(np.square(mean), 1e-300), 0.0)
-    return 2.0 * (shares + weights * (vectors @ (trust * mean)))
+    shares = 2.0 * (shares + weights * (vectors @ (trust * mean)))
+    shares[: 2 * leaves] = np.clip(shares[: 2 * leaves], -_FURTHEST, _FURTHEST)
+    return shares
