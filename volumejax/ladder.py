@@ -287,7 +287,7 @@ def _smooth_work(survey: Survey, escort: float) -> tuple[Vector, Vector, Vector]
                 shares[i, :leaves] = best_share(here, there)
                 rest = sum(float(np.sum((v - 0.5 * w @ shares[i]) ** 2)) for v, w in zip(here, there, strict=True))
                 explained = rest <= _EXACT * sum(float(np.sum(v**2)) for v in here)
-                if explained or _samples(here) > _PER_SHARE:
+                if explained or _samples(here) > _PER_SHARE * np.count_nonzero(np.any(b[i], axis=(0, 1))):
                     break
         else:
             shares[i] = survey.shares[i]
