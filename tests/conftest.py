@@ -51,6 +51,12 @@ def _fill(cls, default, **values):
 
 
 @pytest.fixture
+def few_slide(monkeypatch):
+    """Chains of few coordinates slide as those of many do."""
+    monkeypatch.setattr("volumejax.ensemble.CHEAP", 1)
+
+
+@pytest.fixture
 def make_estimate():
     """An estimate with the given per-ray log weights; a bound unless ``settled``."""
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from volumejax import ensemble as ensemble_module
 from volumejax.annealing import MOST_VISITS, TABLE, Record, begin, pad, slopes, travel
 from volumejax.ensemble import FIELDS, Ensemble, Rung
 from volumejax.frames import frame_of
@@ -153,12 +152,6 @@ def test_a_step_on_stretches_and_a_step_back_shrinks(journey):
     np.testing.assert_allclose(squares[moved], factor**2 * log.square[0][moved], rtol=1e-5)
     squares = np.sum(flat(back.displacement) ** 2, axis=1)
     np.testing.assert_allclose(squares, again.square[0] / factor**2, rtol=1e-5)
-
-
-@pytest.fixture
-def few_slide(monkeypatch):
-    """Chains of three coordinates slide as those of many do."""
-    monkeypatch.setattr(ensemble_module, "CHEAP", 1)
 
 
 def sliding(slide, freely=0.0, *, cost=lambda p: 0.0 * jnp.sum(p["w"])):

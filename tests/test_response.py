@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from volumejax import ensemble as ensemble_module
 from volumejax.ensemble import FIELDS, Ensemble
 from volumejax.frames import frame_of
 from volumejax.metric import plain_metric
@@ -36,12 +35,6 @@ class Coupled(eqx.Module):
 
 def split(flat):
     return {"a": flat[..., : SIZES[0]], "b": flat[..., SIZES[0] :]}
-
-
-@pytest.fixture
-def few_slide(monkeypatch):
-    """Chains of few coordinates slide as those of many do."""
-    monkeypatch.setattr(ensemble_module, "CHEAP", 1)
 
 
 def question(curvature, direction):

@@ -25,7 +25,7 @@ Table = TypeVar("Table")
 
 MOST_VISITS = 32
 """Rungs visited in one call of the compiled program, at most."""
-_FURTHEST = 5.0
+_WIDEST = 5.0
 """Half a change of log a up to which a slide grows like its exponential; the last may be infinite."""
 TABLE = 1024
 """Rungs that a table holds at least, so that different ladders share one program."""
@@ -181,7 +181,7 @@ def _visit_one(
             # A free coordinate goes from −b/a to −b/a', beside which it is stretched.
             # Exactly so for a share of one; a leaf with little pull may have a share of hundreds.
             lower = jnp.asarray(table.precision, jnp.float32)[above + 1]
-            half = jnp.clip(0.5 * jnp.log(upper[0] / lower), -_FURTHEST, _FURTHEST)
+            half = jnp.clip(0.5 * jnp.log(upper[0] / lower), -_WIDEST, _WIDEST)
             half = jnp.where(jnp.abs(half) > 1e-6, half, 1e-6)
             pace = -jnp.exp(half) * jnp.expm1(half) / half
             backs = [jnp.where(sign > 0.0, 1.0, -jnp.exp(-s)) for s in logs]

@@ -174,6 +174,12 @@ class Flight:
         """Whether all leaves are stretched alike: chains of the star stay on their rays, and arms differ in leaves."""
         return bool(self.ensemble.checks) or self.ensemble.dimension < CHEAP
 
+    @property
+    def walled(self) -> bool:
+        """Whether other walls than the cost's may push: a prior's, a segment's, an arm's in few dimensions."""
+        frame = self.ensemble.frame
+        return self.as_one or frame.walls is not None or frame.ball is not None
+
     def visit(self, x: float, beta: float, gait: Gait, variance: np.ndarray, confined: float) -> Record:
         """Let the chains move once and measure them; those that fell outside restart from the others."""
         spread = self.spread(gait, confined)
@@ -229,20 +235,19 @@ class Flight:
             shares = flat_shares(response.gram, response.cost, slides=False)
         self.pending = self.pending - 0.5 * shares * np.log(beta / now)
 
-    def shares(self, x: float, beta: float, variance: np.ndarray, records: list[Record], xs: list[float]) -> np.ndarray:
+    def shares(self, seen: list[tuple[float, Record]], beta: float, variance: np.ndarray) -> np.ndarray:
         """Return the shares of a free direction's stretch and slide that leave the least variance of the work.
 
         Args:
-            x: where the chains stand.
+            seen: log a and records of the latest visits; at the last the chains still stand.
             beta: their β.
             variance: mean square of each leaf's δ.
-            records: of the latest visits.
-            xs: where those were.
         """
+        x, record = seen[-1]
         if self.as_one:
-            slopes = [0.5 * np.exp(x) * record.square for record, x in zip(records, xs, strict=True)]
-            return self._alike(best_share(slopes, [record.stretchings for record in records]))
-        if self.confined(beta, records[-1]) < _FREE:
+            slopes = [0.5 * np.exp(there) * record.square for there, record in seen]
+            return self._alike(best_share(slopes, [record.stretchings for _, record in seen]))
+        if self.confined(beta, record) < _FREE:
             return np.repeat([1.0, 0.0, 1.0, 0.0], len(self.pending) // FIELDS)
         response = self.respond(x, beta, variance)
         return flat_shares(response.gram, response.tether)
@@ -295,7 +300,8 @@ class Flight:
         here = [slopes(self.ensemble, p, self.batch_size, jnp.float32(1.0 / beta)) for p in self.positions]
         self.gradients += 1
         self.slopes.append((beta, joined(here)))
-        self.pulls.append((float(np.exp(x)), self._pulled(np.exp(x), beta)))
+        if not self.walled:
+            self.pulls.append((float(np.exp(x)), self._pulled(np.exp(x), beta)))
         numbers = self.ensemble.dimension * self.chains.size
         kept = min(keep, max(_MOST_NUMBERS // numbers, 2))
         self.slopes, self.pulls = self.slopes[-kept:], self.pulls[-kept:]
@@ -309,13 +315,11 @@ class Flight:
             for kept in (self.slopes, self.pulls)
         )
         betas = np.repeat([beta for beta, _ in self.slopes], self.chains.size)
-        frame = self.ensemble.frame
-        # Behind walls, a prior's or a segment's, these push besides. Small problems have arms, far from any mean.
         rest = None
-        if not self.as_one and frame.walls is None and frame.ball is None:
+        if not self.walled:
             squares = variances(self.ensemble, self.recent[-1][1])
             rest = Rest(pulls, float(np.mean([a for a, _ in self.pulls])), squares)
-        turns = frame.walls is None
+        turns = self.ensemble.frame.walls is None
         self.metric = fit_metric(together, betas, float(np.exp(x)), turns=turns, settled=settled, rest=rest)
 
     def _pulled(self, precision: float, beta: float) -> list[np.ndarray]:

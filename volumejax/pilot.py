@@ -145,7 +145,7 @@ def _ascend(
         record = joined(records[-least:])
         gait = dataclasses.replace(gait, step=float(np.exp(np.mean(np.log(steps[-least:])))))
         variance = variances(ensemble, record)
-        latest = Stop(x, beta, gait, variance, record, flight.shares(x, beta, variance, [record], [x]))
+        latest = Stop(x, beta, gait, variance, record, flight.shares([(x, record)], beta, variance))
         stops.append(latest)
         share = _DOWN + _THERE
         on_progress(share + (1.0 - share) * (i + 1) / len(plan))
@@ -181,10 +181,8 @@ def _descend(flight: Flight, factor: float, budget: float, on_progress: Callable
             gait, record = flight.settle_gait(x, beta, gait, variance, confined, most=1)
         flight.learn(x, beta, keep=_RECENT)
         variance = variances(ensemble, record)
-        recent = stops[1 - POOLED :]
-        shares = flight.shares(
-            x, beta, variance, [*(stop.record for stop in recent), record], [*(stop.x for stop in recent), x]
-        )
+        seen = [*((stop.x, stop.record) for stop in stops[1 - POOLED :]), (x, record)]
+        shares = flight.shares(seen, beta, variance)
         stops.append(Stop(x, beta, gait, variance, record, shares, flight.expected(record, x, beta)))
         on_progress(_DOWN * min(1.0, flight.gradients / budget))
         if x < _ENDLESS or (not stiff and np.log(np.mean(record.square[-1])) > _FAR):
@@ -261,7 +259,7 @@ def _settle_beta(flight: Flight, stop: Stop, factor: float, until: float) -> tup
         flight.follow(stop.x, beta, variance)
     natural = flight.bulge(record) * float(np.mean(energies[-_LEAST_SETTLING // 2 :])) / flight.room
     record = joined(records[-len(records) // 2 :])
-    shares = flight.shares(stop.x, beta, variance, [record], [stop.x])
+    shares = flight.shares([(stop.x, record)], beta, variance)
     return beta, natural, Stop(stop.x, beta, gait, variance, record, shares)
 
 
@@ -301,7 +299,7 @@ def _survey(flight: Flight, stops: list[Stop], beta: float, natural: float) -> S
         rises=[np.nan_to_num(stop.record.rises) for stop in stops],
         confined=confined,
         shares=None if flight.as_one else np.stack([stop.shares for stop in stops]),
-        walled=flight.as_one or ensemble.frame.walls is not None or ensemble.frame.ball is not None,
+        walled=flight.walled,
         inside=np.array([float(np.mean(stop.record.inside)) if small else 1.0 for stop in stops]),
         beta=beta,
         natural_beta=natural,
