@@ -16,7 +16,7 @@ from volumejax.annealing import Record, begin, pad, slopes, travel
 from volumejax.ensemble import CHEAP, FIELDS, SHORT, Ensemble, Position, Rung
 from volumejax.ladder import best_share, trajectory_length
 from volumejax.metric import Rest, fit_metric, mass_power, plain_metric
-from volumejax.response import Response, flat_shares, respond
+from volumejax.response import Response, flat_shares, respond, response_gradients
 
 __all__ = ["POOLED", "Flight", "Gait", "Stop", "joined", "leaf_sizes", "stretchings", "variances", "work_scatter"]
 
@@ -258,7 +258,9 @@ class Flight:
         here = joined(
             [respond(self.ensemble, self.metric, p, stiffness, precision, now, self.batch_size) for p in self.positions]
         )
-        self.gradients += 2 * len(self.pending) + 1
+        spent = response_gradients(self.ensemble)
+        self.gradients += spent
+        self.last_cost += spent
         self.response = (float(np.log(beta)), here)
         return here
 

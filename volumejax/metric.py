@@ -126,8 +126,8 @@ class Metric(eqx.Module):
 
         The unit is such that their inverses at `self.beta` add up to the whole mean square of δ, whatever the curvature
         says: where the region is wider, trajectories have further to go. A leaf whose own mean square is more than
-        `_AGREES` times off, against all others or, where that is known, against what it was where the metric was
-        fitted, has another curvature here, and is rescaled by the rest.
+        `_AGREES` times off, against all others or, where that is known, both against what it was where the metric was
+        fitted and against what its curvature says, has another curvature here, and is rescaled by the rest.
 
         Args:
             stiffness: as for `masses`.
@@ -156,10 +156,14 @@ class Metric(eqx.Module):
         widths = [jnp.sum(1.0 / (b + self.beta * c)) for b, c in zip(least, self.curvature, strict=True)]
         seen = [c.size / stiffness[leaf] for leaf, c in enumerate(self.curvature)]
         unit = jnp.sum(jnp.stack(widths)) / jnp.sum(jnp.stack(seen))
-        agreeing = jnp.where(jnp.isnan(self.excess), unit, 1.0 / self.excess)
         scales = []
         for leaf, (width, found) in enumerate(zip(widths, seen, strict=True)):
-            off = jnp.log(width / (agreeing[leaf] * found))
+            # With what the leaf was wider by where that was measured, or without it where the chains no longer lean.
+            wide = self.excess[leaf]
+            off = jnp.log(width / found) - jnp.where(jnp.isnan(wide), jnp.log(unit), 0.0)
+            leaning = off + jnp.where(jnp.isnan(wide), 0.0, jnp.log(wide))
+            nearer = jnp.where(jnp.abs(leaning) < jnp.abs(off), leaning, off)
+            off = jnp.where(leaning * off > 0.0, nearer, 0.0)
             scales.append(jnp.exp(jnp.sign(off) * jnp.maximum(jnp.abs(off) - jnp.log(_AGREES), 0.0)))
         return [unit * (b + beta * c) for b, c in zip(least, self.curvature, strict=True)], scales
 

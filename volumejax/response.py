@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 from volumejax.ensemble import FIELDS, Ensemble, Position, toll_share
 from volumejax.metric import Metric
 
-__all__ = ["Response", "flat_shares", "respond"]
+__all__ = ["Response", "flat_shares", "respond", "response_gradients"]
 
 Vector = NDArray[np.float64]
 
+_STRETCHES = 2
+"""Fields of a leaf that stretch it; the others slide."""
 _THERMAL = 1.0
 """Distance between two gradients from which a second derivative is taken, in standard deviations of the place along the
 field."""
@@ -42,6 +44,16 @@ class Response(NamedTuple):
     """u_j·∇X, shape (..., FIELDS · leaves)."""
     cost: Any
     """u_j·∇βE, likewise."""
+
+
+def active_fields(ensemble: Ensemble) -> int:
+    """Return how many of a leaf's fields, the first ones, are not zero."""
+    return FIELDS if ensemble.slides else _STRETCHES
+
+
+def response_gradients(ensemble: Ensemble) -> int:
+    """Return what a chain's responses cost."""
+    return 2 * active_fields(ensemble) * len(jax.tree.leaves(ensemble.frame.anchor)) + 1
 
 
 @eqx.filter_jit
@@ -72,7 +84,7 @@ def respond(
         fields = ensemble.fields(metric, precisions, (precision, beta), place)
         leaves, means, softness = (jax.tree.leaves(x) for x in (place, precisions, ensemble.softness(precisions)))
         moves = [jnp.stack(of_leaf) for of_leaf in zip(*map(jax.tree.leaves, fields), strict=True)]
-        rates = [jnp.stack([jnp.ones_like(w), w, *(FIELDS - 2) * [jnp.zeros_like(w)]]) for w in softness]
+        rates = [jnp.stack([jnp.ones_like(w), w, *(FIELDS - _STRETCHES) * [jnp.zeros_like(w)]]) for w in softness]
         felt, whole = force(d), [precision * x for x in leaves]
         if ensemble.frame.pull is not None:
             whole = [x + b for x, b in zip(whole, jax.tree.leaves(metric.turned(ensemble.frame.pull)), strict=True)]
@@ -97,7 +109,8 @@ def respond(
             )
             return jnp.stack(row), precision * held, pushed
 
-        return Response(*jax.lax.map(along, jnp.arange(FIELDS * len(leaves))))
+        rows = jax.lax.map(along, jnp.arange(active_fields(ensemble) * len(leaves)))
+        return Response(*(jnp.pad(x, ((0, FIELDS * len(leaves) - len(x)), *((0, 0),) * (x.ndim - 1))) for x in rows))
 
     return jax.lax.map(one, positions.displacement, batch_size=batch_size or len(positions.cost))
 
@@ -122,12 +135,12 @@ def flat_shares(grams: NDArray[np.floating], slopes: NDArray[np.floating], *, sl
     gram = grams.mean(axis=0)
     scale = np.sqrt(np.maximum(np.diag(gram), 0.0))
     free = scale > 0.0
-    free[2 * leaves :] &= slides
+    free[_STRETCHES * leaves :] &= slides
     weights = np.divide(1.0, scale, out=np.zeros(count), where=free)
     together = np.zeros((count, 2))
     # A leaf whose own curvature came out negative goes with the others.
     together[:leaves, 0] = np.diag(gram)[:leaves] != 0.0
-    together[2 * leaves : 3 * leaves, 1] = free[2 * leaves : 3 * leaves]
+    together[_STRETCHES * leaves : 3 * leaves, 1] = free[_STRETCHES * leaves : 3 * leaves]
     together = together[:, together.any(axis=0)]
     slope = together.T @ slopes.mean(axis=0)
     shares = together @ np.linalg.lstsq(together.T @ gram @ together, slope, rcond=1e-9)[0]
@@ -138,5 +151,5 @@ def flat_shares(grams: NDArray[np.floating], slopes: NDArray[np.floating], *, sl
         chance = np.square(_AGREED) * np.var(rest, axis=0, ddof=1) / len(rest)
         trust *= np.maximum(1.0 - chance / np.maximum(np.square(mean), 1e-300), 0.0)
     shares = 2.0 * (shares + weights * (vectors @ (trust * mean)))
-    shares[: 2 * leaves] = np.clip(shares[: 2 * leaves], -_FURTHEST, _FURTHEST)
+    shares[: _STRETCHES * leaves] = np.clip(shares[: _STRETCHES * leaves], -_FURTHEST, _FURTHEST)
     return shares
