@@ -139,8 +139,8 @@ def test_a_cost_that_leans_against_the_prior_is_no_stiffer(leaning):
 def test_masses_are_the_mean_precision_but_where_a_leaf_has_changed(leaning, lean, wider, factor):
     """Its mean square holds that of the mean, which says nothing of how stiff it is but sets how far there is to go.
 
-    The leaf leans as where the metric was fitted, by the root of that, or no more. Where it is narrower still, all but a
-    factor of four is made up for.
+    The leaf leans as where the metric was fitted, by the root of that, or no more. Where it is narrower still, all but
+    a factor of four is made up for.
     """
     slopes, others, _ = leaning
     squares = np.array([200.0])

@@ -108,6 +108,8 @@ class Flight:
         """The latest visits, each with its β."""
         self.response: tuple[float, Response] | None = None
         """What the maps were last found from, and log β there."""
+        self.last = 0.0
+        """λ at the end of the tether, once the chains have settled there."""
         self.memory = np.ones(self.chains.size)
         """Each chain's acceptance of late: near zero where it has been stuck for several moves."""
 
@@ -287,7 +289,8 @@ class Flight:
 
     def length(self, confined: float) -> float:
         """Return how long trajectories are at that λ."""
-        return float(trajectory_length(np.asarray(confined), max(confined, 60.0), float(self.metric.unevenness)))
+        last = max(self.last, confined, 60.0)
+        return float(trajectory_length(np.asarray(confined), last, float(self.metric.unevenness)))
 
     def spread(self, gait: Gait, confined: float) -> float:
         """Return over how many e-folds steps are drawn."""

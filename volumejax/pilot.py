@@ -100,7 +100,7 @@ def fly(
     beta, natural, settled = _settle_beta(flight, scouts[-1], beta_factor, (_DOWN + _THERE) * budget)
     if ensemble.frame.stiffness == 0.0:
         _require_bounded(flight, settled, beta)
-    ends = flight.positions
+    ends, flight.last = flight.positions, flight.confined(beta, settled.record)
     on_progress(_DOWN + _THERE)
     top = flight.reference_precision(beta)
     flight.positions = ends
