@@ -1,6 +1,7 @@
 """Where the pilot leaves its chains: the heating pass begins with them.
 
-Mutation this catches: ends that go back up with the chains.
+Mutations these catch: ends that go back up with the chains, a star's guide that stays where its segments do not bulge,
+one that is moved where they bulge nowhere else.
 """
 
 import jax
@@ -12,8 +13,17 @@ from volumejax.ensemble import ensemble_of
 from volumejax.frames import frame_of
 from volumejax.pilot import fly
 from volumejax.priors import Gaussian
+from volumejax.regions import Star
 
 D = 40
+
+
+def fly_star(cost, cutoff):
+    params = jnp.zeros(D)
+    return fly(
+        ensemble_of(cost, frame_of(Gaussian(1.0), params), cutoff=cutoff, region=Star()), jax.random.key(0), chains=4,
+        budget=2_000.0, anchor_cost=0.0, beta_factor=1.0, batch_size=None, mesh=None, on_progress=lambda share: None,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("chains", [2, 4])
@@ -32,3 +42,19 @@ def test_its_ends_are_chains_at_the_end_of_the_way_down(chains):
     # A chain of 20 free directions has Σδ² = 20 ± 6.3.
     assert np.all(np.abs(np.sum(ends[:, D // 2 :] ** 2, axis=1) - D // 2) < 18.0)
     assert np.all(np.sum(ends[:, : D // 2] ** 2, axis=1) < 2e-2)
+
+
+def test_the_guide_of_the_star_goes_where_its_segments_bulge():
+    """A cost with a crest at a fifth of the way to where most of the prior's mass is: |w| = √D."""
+
+    def crested(w):
+        way = jnp.sum(w**2) / D
+        return 0.02 * w[0] ** 2 + 0.3 * jnp.sum(w[1:4] ** 2) * way * jnp.exp(1.0 - way / 0.04) / 0.04
+
+    pilot = fly_star(crested, 0.5)
+    assert pilot.ensemble.guides[0] == 1.0 and 0.1 < pilot.ensemble.guides[1] < 0.45
+
+
+def test_the_guide_of_the_star_stays_where_segments_rise_to_their_ends():
+    pilot = fly_star(lambda w: 0.5 * jnp.sum(w[: D // 2] ** 2), 1e-2)
+    assert pilot.ensemble.guides == (1.0, 0.7)

@@ -51,7 +51,8 @@ the cost lets each coordinate, and slide it as if there were none."""
 
 
 _BULGE = 0.7
-"""Where segments that leave the region do so first: on the digits network between 0.6 and 0.85."""
+"""Where segments that leave the region do so first, unless a pilot finds another place: on the digits network between
+0.6 and 0.85 where the prior is as wide as the parameters, at 0.2 where it is six times as wide."""
 
 
 class Position(eqx.Module):
@@ -119,6 +120,8 @@ class Ensemble(eqx.Module):
     callers_x64: bool = eqx.field(static=True)
     shear: Shear | None = None
     """For the connected region under a Gaussian prior or none."""
+    bulge: float = eqx.field(static=True, default=_BULGE)
+    """Where the star's guide looks at segments, beside their end."""
 
     @property
     def dimension(self) -> int:
@@ -179,7 +182,7 @@ class Ensemble(eqx.Module):
     @property
     def guides(self) -> tuple[float, ...]:
         """Fractions of the segment from the anchor at which the cost holds the chains back."""
-        return (1.0, _BULGE) if isinstance(self.region, Star) else (1.0,)
+        return (1.0, self.bulge) if isinstance(self.region, Star) else (1.0,)
 
     def _guide(self, displacement: PyTree) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""] | None]:
         """Return E, C and the toll."""
@@ -217,10 +220,14 @@ class Ensemble(eqx.Module):
         """
         with jax.enable_x64(True):
             top = cost
-            if isinstance(self.region, Star):
-                fractions = jnp.arange(1, self.checks + 1, dtype=jnp.float32) / self.checks
-                top = jnp.max(jax.lax.map(lambda t: self._cost_at(displacement, t), fractions))
+            if self.checks:
+                top = jnp.max(self.segment(displacement))
             return jnp.where(jnp.isnan(top), jnp.inf, top)
+
+    def segment(self, displacement: PyTree) -> Float[Array, "checks"]:
+        """Return C at equal steps from the anchor to δ, the last at δ, float64."""
+        fractions = jnp.arange(1, self.checks + 1, dtype=jnp.float32) / self.checks
+        return jax.lax.map(lambda t: self._cost_at(displacement, t), fractions)
 
     def potential(self, position: Position, precision: Array, beta: Array) -> Float[Array, ""]:
         """Return U, float64."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from volumejax import tree
 from volumejax.annealing import Record, begin, pad, slopes, travel
@@ -38,6 +38,8 @@ _FREE = 0.5
 _UNEVEN_SPREAD = 3.0
 """Where there are more, e-folds for each unit by which the power of the masses lies below 1, if trajectories are long:
 a chain that comes by a place far stiffer than most has to leave it again."""
+_UNSEEN = 1.5
+"""How much higher than where the guide looks a cost may bulge elsewhere."""
 _PRESSED = 3.0
 """Mean of B, in roots of D, that says that a wall is felt."""
 _NEAR = 2.0
@@ -363,6 +365,23 @@ class Flight:
         rise = [float(np.nanmean(values[-1])) - self.anchor_cost for values in (record.reach, record.cost)]
         return float(np.clip(rise[0] / rise[1], 1.0, 3.0)) if rise[1] > 0.0 and np.isfinite(rise[0]) else 1.0
 
+    def bulging(self) -> float | None:
+        """Return where the cost on the chains' segments bulges while the star's guide hardly sees it; None if nowhere.
+
+        That is a fraction of the way from the anchor.
+        """
+        ensemble = self.ensemble
+        if not ensemble.checks:
+            return None
+        whole = joined([_segments(ensemble, group, self.batch_size) for group in self.positions])
+        costs = np.mean(np.where(np.isfinite(whole), whole, self.cutoff), axis=0) - self.anchor_cost
+        inner = np.flatnonzero((costs[1:-1] > costs[:-2]) & (costs[1:-1] > costs[2:])) + 1
+        if not inner.size:
+            return None
+        fractions = np.arange(1, len(costs) + 1) / len(costs)
+        top = inner[np.argmax(costs[inner])]
+        return float(fractions[top]) if costs[top] > _UNSEEN * np.interp(ensemble.bulge, fractions, costs) else None
+
     def settle_gait(
         self, x: float, beta: float, gait: Gait, variance: np.ndarray, confined: float, *, most: int
     ) -> tuple[Gait, Record]:
@@ -374,6 +393,11 @@ class Flight:
             if 0.6 < acceptance < 0.97:
                 return gait, record
         return gait, self.visit(x, beta, gait, variance, confined)
+
+
+@eqx.filter_jit
+def _segments(ensemble: Ensemble, positions: Position, batch_size: int | None) -> Float[Array, "chains checks"]:
+    return jax.lax.map(ensemble.segment, positions.displacement, batch_size=batch_size or len(positions.cost))
 
 
 @eqx.filter_jit

@@ -65,9 +65,15 @@ _UNBOUNDED, _WINDOW = 1.25, 20
 """A region without an end lets |δ|² grow by this factor in so many visits, time after time."""
 
 
+_AGAIN = 2_000_000
+"""Folded into the key where the chains go down a second time."""
+
+
 class Pilot(NamedTuple):
     """What the pilot leaves behind."""
 
+    ensemble: Ensemble
+    """As it was given, but for where the star's guide looks."""
     survey: Survey
     metric: Metric
     ends: Position
@@ -91,12 +97,21 @@ def fly(
     """Run the pilot: down to the prior's own stiffness, there until β and the metric have settled, and back up.
 
     Of `chains`, or where these are few of several groups of as many, so that the run itself takes the same program.
+    A star's chains go down again if their segments bulge where the guide does not look.
 
     Raises:
         ValueError: an improper prior over an unbounded region.
     """
-    flight = Flight(ensemble, key, chains, anchor_cost, batch_size, mesh, groups=-(-_LEAST_CHAINS // chains))
+    groups = -(-_LEAST_CHAINS // chains)
+    flight = Flight(ensemble, key, chains, anchor_cost, batch_size, mesh, groups=groups)
     scouts = _descend(flight, beta_factor, _DOWN * budget, on_progress)
+    bulge = flight.bulging()
+    if bulge is not None:
+        spent, ensemble = flight.gradients, dataclasses.replace(ensemble, bulge=bulge)
+        budget += spent
+        flight = Flight(ensemble, jax.random.fold_in(key, _AGAIN), chains, anchor_cost, batch_size, mesh, groups=groups)
+        flight.gradients = spent
+        scouts = _descend(flight, beta_factor, _DOWN * budget, on_progress)
     beta, natural, settled = _settle_beta(flight, scouts[-1], beta_factor, (_DOWN + _THERE) * budget)
     if ensemble.frame.stiffness == 0.0:
         _require_bounded(flight, settled, beta)
@@ -107,7 +122,7 @@ def fly(
     # What is left for the way up may not do for all that one would like to know.
     hurry = float(np.clip(0.5 * flight.gradients / ((_DOWN + _THERE) * budget), 1.0, _HURRY))
     stops = _ascend(flight, _plan(scouts, top, hurry), beta, settled, hurry, on_progress)
-    return Pilot(_survey(flight, stops, beta, natural), flight.metric, ends[0], flight.gradients)
+    return Pilot(ensemble, _survey(flight, stops, beta, natural), flight.metric, ends[0], flight.gradients)
 
 
 def _plan(scouts: list[Stop], top: float, hurry: float) -> list[float]:

@@ -293,9 +293,9 @@ class _Run:
     metric: Metric = dataclasses.field(init=False)
 
     def stream(self) -> Iterator[VolumeEstimate]:
-        ensemble, cutoff = self.ensemble, float(self.ensemble.cutoff)
         pilot = self._fly()
-        self.metric = pilot.metric
+        self.ensemble, self.metric = pilot.ensemble, pilot.metric
+        ensemble, cutoff = self.ensemble, float(self.ensemble.cutoff)
         kappa = kappa_ladder(
             pilot.survey,
             budget=_KAPPA * self.budget,
