@@ -3,8 +3,9 @@ r"""The tethered, tempered ensemble around the anchor, in whitened coordinates.
 .. math:: p(\delta) \propto \exp(-U),\quad U = \beta E(\delta) + \tfrac12 a|\delta|^2 + b\cdot\delta
           \quad\text{inside the region and the prior's support}
 
-The guide E is the cost C(θ0 + s·δ) itself. For the star it is the mean of C at δ and at 0.7·δ: the segment to the
-anchor bulges out of a curved valley, and chains that feel only their own cost end their trajectories behind its wall.
+The guide E is the cost C(θ0 + s·δ) itself. For the star it is the mean of C at δ and at 0.7·δ, or where else a pilot
+finds that segments bulge: the segment to the anchor bulges out of a curved valley, and chains that feel only their own
+cost end their trajectories behind its wall.
 a is the prior's stiffness plus the tether κ. Where the cost has a shear, δ are its coordinates, in which the prior is
 off its own form by a toll that comes to U.
 """

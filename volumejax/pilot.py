@@ -168,11 +168,11 @@ def _ascend(
 
 
 def _target(flight: Flight, energy: float, bulge: float, factor: float) -> float:
-    """Return the β at which an energy λ, seen `bulge` times as high on the segment, lies well below the wall."""
+    """Return the β at which an energy λ and its swings, `bulge` times as high on the segment, stay below the wall."""
     dimension = flight.ensemble.dimension
     free = max(1.0 - 2.0 * energy / dimension, 0.0) if dimension >= CHEAP else 0.0
     margin = max(_MARGIN * np.sqrt(energy) + _LEAST_MARGIN, _LAGGING * free * energy)
-    return factor * (bulge * energy + margin) / flight.room
+    return factor * bulge * (energy + margin) / flight.room
 
 
 def _descend(flight: Flight, factor: float, budget: float, on_progress: Callable[[float], None]) -> list[Stop]:
