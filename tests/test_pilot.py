@@ -13,28 +13,27 @@ from volumejax.ensemble import ensemble_of
 from volumejax.frames import frame_of
 from volumejax.pilot import fly
 from volumejax.priors import Gaussian
-from volumejax.regions import Star
+from volumejax.regions import Connected, Star
 
 D = 40
 
 
-def fly_star(cost, cutoff):
-    params = jnp.zeros(D)
+def fly_from_zero(cost, cutoff, region, chains=4):
+    ensemble = ensemble_of(cost, frame_of(Gaussian(1.0), jnp.zeros(D)), cutoff=cutoff, region=region)
     return fly(
-        ensemble_of(cost, frame_of(Gaussian(1.0), params), cutoff=cutoff, region=Star()), jax.random.key(0), chains=4,
-        budget=2_000.0, anchor_cost=0.0, beta_factor=1.0, batch_size=None, mesh=None, on_progress=lambda share: None,
+        ensemble, jax.random.key(0), chains=chains, budget=2_000.0, anchor_cost=0.0, beta_factor=1.0, batch_size=None,
+        mesh=None, on_progress=lambda share: None,
     )  # fmt: skip
+
+
+def half_free(w):
+    return 0.5 * jnp.sum(w[: D // 2] ** 2)
 
 
 @pytest.mark.parametrize("chains", [2, 4])
 def test_its_ends_are_chains_at_the_end_of_the_way_down(chains):
     """Half the parameters are free there, and as wide as the prior; at the top of the way all are a hundredth of it."""
-    params = jnp.zeros(D)
-    ensemble = ensemble_of(lambda w: 0.5 * jnp.sum(w[: D // 2] ** 2), frame_of(Gaussian(1.0), params), cutoff=1e-2)
-    pilot = fly(
-        ensemble, jax.random.key(0), chains=chains, budget=2_000.0, anchor_cost=0.0, beta_factor=1.0, batch_size=None,
-        mesh=None, on_progress=lambda share: None,
-    )  # fmt: skip
+    pilot = fly_from_zero(half_free, 1e-2, Connected(), chains)
     ends = np.asarray(pilot.ends.displacement, np.float64)
     assert ends.shape == (chains, D)
     assert pilot.survey.x[0] > 4.0 and pilot.survey.x[-1] == 0.0
@@ -51,10 +50,10 @@ def test_the_guide_of_the_star_goes_where_its_segments_bulge():
         way = jnp.sum(w**2) / D
         return 0.02 * w[0] ** 2 + 0.3 * jnp.sum(w[1:4] ** 2) * way * jnp.exp(1.0 - way / 0.04) / 0.04
 
-    pilot = fly_star(crested, 0.5)
+    pilot = fly_from_zero(crested, 0.5, Star())
     assert pilot.ensemble.guides[0] == 1.0 and 0.1 < pilot.ensemble.guides[1] < 0.45
 
 
 def test_the_guide_of_the_star_stays_where_segments_rise_to_their_ends():
-    pilot = fly_star(lambda w: 0.5 * jnp.sum(w[: D // 2] ** 2), 1e-2)
+    pilot = fly_from_zero(half_free, 1e-2, Star())
     assert pilot.ensemble.guides == (1.0, 0.7)

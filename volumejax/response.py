@@ -46,14 +46,14 @@ class Response(NamedTuple):
     """u_j·∇βE, likewise."""
 
 
-def active_fields(ensemble: Ensemble) -> int:
+def _active_fields(ensemble: Ensemble) -> int:
     """Return how many of a leaf's fields, the first ones, are not zero."""
     return FIELDS if ensemble.slides else _STRETCHES
 
 
 def response_gradients(ensemble: Ensemble) -> int:
     """Return what a chain's responses cost."""
-    return 2 * active_fields(ensemble) * len(jax.tree.leaves(ensemble.frame.anchor)) + 1
+    return 2 * _active_fields(ensemble) * len(jax.tree.leaves(ensemble.frame.anchor)) + 1
 
 
 @eqx.filter_jit
@@ -109,7 +109,7 @@ def respond(
             )
             return jnp.stack(row), precision * held, pushed
 
-        rows = jax.lax.map(along, jnp.arange(active_fields(ensemble) * len(leaves)))
+        rows = jax.lax.map(along, jnp.arange(_active_fields(ensemble) * len(leaves)))
         return Response(*(jnp.pad(x, ((0, FIELDS * len(leaves) - len(x)), *((0, 0),) * (x.ndim - 1))) for x in rows))
 
     return jax.lax.map(one, positions.displacement, batch_size=batch_size or len(positions.cost))
@@ -140,7 +140,7 @@ def flat_shares(grams: NDArray[np.floating], slopes: NDArray[np.floating], *, sl
     together = np.zeros((count, 2))
     # A leaf whose own curvature came out negative goes with the others.
     together[:leaves, 0] = np.diag(gram)[:leaves] != 0.0
-    together[_STRETCHES * leaves : 3 * leaves, 1] = free[_STRETCHES * leaves : 3 * leaves]
+    together[_STRETCHES * leaves : (_STRETCHES + 1) * leaves, 1] = free[_STRETCHES * leaves : (_STRETCHES + 1) * leaves]
     together = together[:, together.any(axis=0)]
     slope = together.T @ slopes.mean(axis=0)
     shares = together @ np.linalg.lstsq(together.T @ gram @ together, slope, rcond=1e-9)[0]
