@@ -51,9 +51,9 @@ FIELDS = 4
 the cost lets each coordinate, and slide it as if there were none."""
 
 
-_BULGE = 0.7
-"""Where segments that leave the region do so first, unless a pilot finds another place: on the digits network between
-0.6 and 0.85 where the prior is as wide as the parameters, at 0.2 where it is six times as wide."""
+_BULGES = (0.7,)
+"""Where segments that leave the region do so first, unless a pilot finds more places: on the digits network between
+0.6 and 0.85 where the prior is as wide as the parameters, at 0.2 too where it is six times as wide."""
 
 
 class Position(eqx.Module):
@@ -121,7 +121,7 @@ class Ensemble(eqx.Module):
     callers_x64: bool = eqx.field(static=True)
     shear: Shear | None = None
     """For the connected region under a Gaussian prior or none."""
-    bulge: float = eqx.field(static=True, default=_BULGE)
+    bulges: tuple[float, ...] = eqx.field(static=True, default=_BULGES)
     """Where the star's guide looks at segments, beside their end."""
 
     @property
@@ -183,7 +183,7 @@ class Ensemble(eqx.Module):
     @property
     def guides(self) -> tuple[float, ...]:
         """Fractions of the segment from the anchor at which the cost holds the chains back."""
-        return (1.0, self.bulge) if isinstance(self.region, Star) else (1.0,)
+        return (1.0, *self.bulges) if isinstance(self.region, Star) else (1.0,)
 
     def _guide(self, displacement: PyTree) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""] | None]:
         """Return E, C and the toll."""

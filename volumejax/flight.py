@@ -380,7 +380,8 @@ class Flight:
             return None
         fractions = np.arange(1, len(costs) + 1) / len(costs)
         top = inner[np.argmax(costs[inner])]
-        return float(fractions[top]) if costs[top] > _UNSEEN * np.interp(ensemble.bulge, fractions, costs) else None
+        unseen = costs[top] > _UNSEEN * max(np.interp(ensemble.bulges, fractions, costs))
+        return float(fractions[top]) if unseen else None
 
     def settle_gait(
         self, x: float, beta: float, gait: Gait, variance: np.ndarray, confined: float, *, most: int

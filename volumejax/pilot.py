@@ -107,8 +107,11 @@ def fly(
     scouts = _descend(flight, beta_factor, _DOWN * budget, on_progress)
     bulge = flight.bulging()
     if bulge is not None:
-        spent, ensemble = flight.gradients, dataclasses.replace(ensemble, bulge=bulge)
-        budget += spent
+        guides, ensemble = len(ensemble.guides), dataclasses.replace(ensemble, bulges=(*ensemble.bulges, bulge))
+        # A gradient of the guide costs more from now on.
+        dearer = len(ensemble.guides) / guides
+        spent = round(flight.gradients / dearer)
+        budget = budget / dearer + spent
         flight = Flight(ensemble, jax.random.fold_in(key, _AGAIN), chains, anchor_cost, batch_size, mesh, groups=groups)
         flight.gradients = spent
         scouts = _descend(flight, beta_factor, _DOWN * budget, on_progress)

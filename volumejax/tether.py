@@ -294,6 +294,7 @@ class _Run:
 
     def stream(self) -> Iterator[VolumeEstimate]:
         pilot = self._fly()
+        self.budget *= len(self.ensemble.guides) / len(pilot.ensemble.guides)
         self.ensemble, self.metric = pilot.ensemble, pilot.metric
         ensemble, cutoff = self.ensemble, float(self.ensemble.cutoff)
         kappa = kappa_ladder(
