@@ -4,7 +4,7 @@ Mutations these catch: rungs in the order of rising precision, a cost felt by th
 root, gradients counted without the first of each trajectory, a stretch beyond the last rung, masses for variances, the
 joint rung off by one, rungs set apart where moves are many, a memory that is not used, drift taken for scatter, shares
 of one leaf given to another, chance taken for a difference between leaves, a map through the wall, a map behind it
-where chains press on it.
+where chains press on it, scatter that chains bring with them taken for that of the place.
 """
 
 import dataclasses
@@ -43,6 +43,7 @@ def survey_of(spread_of_slope, *, covariance=0.0, bottom=0.0, step_size=0.3, con
         room=[np.full((1, TABLE), 1.0) for _ in x],
         rises=[np.full((1, TABLE, FIELDS * LEAVES), 0.1) for _ in x],
         confined=np.full(STOPS, confined),
+        lags=np.full(STOPS - 1, np.inf),
         shares=None,
         walled=True,
         inside=np.ones(STOPS),
@@ -244,6 +245,16 @@ def test_a_drift_of_all_chains_is_no_scatter():
     still = np.broadcast_to(survey.slope[0], (8, TABLE))
     both = [kappa(with_stop(survey, -1, slope)) for slope in (still, still + drift)]
     np.testing.assert_allclose(both[0].precision, both[1].precision)
+
+
+def test_scatter_beyond_what_chains_had_to_settle_is_not_that_of_the_place():
+    """A variance of 64 per unit of x, of which the steps to the upper stops tell 4: half their density by the root."""
+    survey = survey_of(8.0)
+    lags = np.where(np.arange(STOPS - 1) < STOPS // 2, 4.0, np.inf)
+    rungs = kappa(dataclasses.replace(survey, lags=lags), budget=30_000.0)
+    assert 3.4 < density(rungs, 3.0, 1.0) / density(rungs, 7.0, 5.0) < 4.6
+    most = kappa(dataclasses.replace(survey, lags=np.full(STOPS - 1, 100.0)))
+    np.testing.assert_array_equal(most.precision, kappa(survey).precision)
 
 
 def test_bends_are_taken_to_be_slow_where_dimensions_are_many():

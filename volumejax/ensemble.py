@@ -46,11 +46,9 @@ each takes: where a chain is held in a place much narrower than most, only the s
 CHEAP = 1000
 """Below so many dimensions regions may have arms, where no one step and no one map fits: steps are spread, and maps
 stretch all leaves alike and slide none."""
-FIELDS = 4
+FIELDS, STRETCHES = 4, 2
 """Ways to move each leaf from one rung to the next: stretch it, stretch it by its softness, slide it along b as far as
-the cost lets each coordinate, and slide it as if there were none."""
-
-
+the cost lets each coordinate, and slide it as if there were none. And how many of them stretch it; these come first."""
 _BULGES = (0.7,)
 """Where segments that leave the region do so first, unless a pilot finds more places: on the digits network between
 0.6 and 0.85 where the prior is as wide as the parameters, at 0.2 too where it is six times as wide."""

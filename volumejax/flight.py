@@ -76,6 +76,9 @@ class Stop:
     """Of the maps that leave the least work there."""
     confined: float = 0.0
     """λ, the mean energy that the cost holds, in units of 1/β."""
+    lag: float = np.inf
+    """By how much the chains' X had to settle for each unit of x by which they had come up, with two standard
+    errors."""
 
 
 class Flight:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from scipy.interpolate import PchipInterpolator
 
-from volumejax.ensemble import FIELDS, SHORT, Rung, trajectories
+from volumejax.ensemble import FIELDS, SHORT, STRETCHES, Rung, trajectories
 from volumejax.metric import mass_power
 
 __all__ = ["Survey", "best_share", "kappa_ladder", "temperature_ladder", "trajectory_length"]
@@ -75,6 +75,8 @@ class Survey:
         room: by how much each chain stayed below the cutoff, nats, likewise without the leaves.
         rises: the part of B that is the cost's, likewise.
         confined: λ(x) = β(E − C(θ0)), nats.
+        lags: by how much X had to settle after a step from each stop but the first to the one before, for each unit of
+            x, with its errors, shape (stops - 1,).
         shares: of the maps, shape (stops, FIELDS · leaves); None finds one stretch for all leaves from the works.
         walled: whether there may be other walls than the cost's: a prior's, a segment's, an arm's in few dimensions.
         inside: share of trajectories that the region allowed, where no one map fits all of it; else 1.
@@ -95,6 +97,7 @@ class Survey:
     room: list[Vector]
     rises: list[Vector]
     confined: Vector
+    lags: Vector
     shares: Vector | None
     walled: bool
     inside: Vector
@@ -135,8 +138,8 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
     shares, variance, memory = _smooth_work(survey, escort)
     # Of ½ a|δ|² the maps take the part that they stretch.
     squares = survey.leaf_variance * survey.leaf_sizes
-    stretched = shares[:, : 2 * len(survey.leaf_sizes)]
-    share = np.sum(stretched * np.tile(squares, 2), axis=1) / np.sum(squares, axis=1)
+    stretched = shares[:, : STRETCHES * len(survey.leaf_sizes)]
+    share = np.sum(stretched * np.tile(squares, STRETCHES), axis=1) / np.sum(squares, axis=1)
     lengths = trajectory_length(survey.confined, survey.confined[-1], survey.unevenness)
     steps = np.clip(np.ceil(lengths / survey.typical_step), 2, most_steps)
     high, low = survey.x[0], survey.x[-1]
@@ -300,7 +303,10 @@ def _smooth_work(survey: Survey, escort: float) -> tuple[Vector, Vector, Vector]
         shares[i] *= float(np.clip((np.mean(survey.inside[near]) - _CROWDED) / (_FREE - _CROWDED), 0.0, 1.0))
         works = [x[j] - 0.5 * b[j] @ shares[i] for j in near]
         chains = works[0].shape[1]
-        variance[i] = max(float(np.median([np.mean(w**2) for w in works])) * chains / max(chains - 1, 1), 1e-6)
+        scatter = float(np.median([np.mean(w**2) for w in works])) * chains / max(chains - 1, 1)
+        # Settled chains of that variance would lag by as much: more is scatter that they have brought with them.
+        told = float(max(survey.lags[max(i - 1, 0) : i + 1], default=np.inf))
+        variance[i] = max(min(scatter, told), 1e-6)
         memory[i] = _memory(works)
     memory = np.minimum(memory, memory[-1])
     if survey.shares is not None:

@@ -63,8 +63,6 @@ _FAR = 32.0
 """log |δ|² at which they are e¹⁶ times as far out, and steps that fit confined directions too short for the rest."""
 _UNBOUNDED, _WINDOW = 1.25, 20
 """A region without an end lets |δ|² grow by this factor in so many visits, time after time."""
-
-
 _AGAIN = 2_000_000
 """Folded into the key where the chains go down a second time."""
 
@@ -102,9 +100,19 @@ def fly(
     Raises:
         ValueError: an improper prior over an unbounded region.
     """
-    groups = -(-_LEAST_CHAINS // chains)
-    flight = Flight(ensemble, key, chains, anchor_cost, batch_size, mesh, groups=groups)
-    scouts = _descend(flight, beta_factor, _DOWN * budget, on_progress)
+    groups, furthest = -(-_LEAST_CHAINS // chains), 0.0
+
+    def progress(share: float) -> None:
+        nonlocal furthest
+        furthest = max(furthest, share)
+        on_progress(furthest)
+
+    def descend(ensemble: Ensemble, key: Array, spent: int) -> tuple[Flight, list[Stop]]:
+        flight = Flight(ensemble, key, chains, anchor_cost, batch_size, mesh, groups=groups)
+        flight.gradients = spent
+        return flight, _descend(flight, beta_factor, _DOWN * budget, progress)
+
+    flight, scouts = descend(ensemble, key, 0)
     bulge = flight.bulging()
     if bulge is not None:
         guides, ensemble = len(ensemble.guides), dataclasses.replace(ensemble, bulges=(*ensemble.bulges, bulge))
@@ -112,19 +120,17 @@ def fly(
         dearer = len(ensemble.guides) / guides
         spent = round(flight.gradients / dearer)
         budget = budget / dearer + spent
-        flight = Flight(ensemble, jax.random.fold_in(key, _AGAIN), chains, anchor_cost, batch_size, mesh, groups=groups)
-        flight.gradients = spent
-        scouts = _descend(flight, beta_factor, _DOWN * budget, on_progress)
+        flight, scouts = descend(ensemble, jax.random.fold_in(key, _AGAIN), spent)
     beta, natural, settled = _settle_beta(flight, scouts[-1], beta_factor, (_DOWN + _THERE) * budget)
     if ensemble.frame.stiffness == 0.0:
         _require_bounded(flight, settled, beta)
     ends, flight.last = flight.positions, flight.confined(beta, settled.record)
-    on_progress(_DOWN + _THERE)
+    progress(_DOWN + _THERE)
     top = flight.reference_precision(beta)
     flight.positions = ends
     # What is left for the way up may not do for all that one would like to know.
     hurry = float(np.clip(0.5 * flight.gradients / ((_DOWN + _THERE) * budget), 1.0, _HURRY))
-    stops = _ascend(flight, _plan(scouts, top, hurry), beta, settled, hurry, on_progress)
+    stops = _ascend(flight, _plan(scouts, top, hurry), beta, settled, hurry, progress)
     return Pilot(ensemble, _survey(flight, stops, beta, natural), flight.metric, ends[0], flight.gradients)
 
 
@@ -163,11 +169,19 @@ def _ascend(
         record = joined(records[-least:])
         gait = dataclasses.replace(gait, step=float(np.exp(np.mean(np.log(steps[-least:])))))
         variance = variances(ensemble, record)
-        latest = Stop(x, beta, gait, variance, record, flight.shares([(x, record)], beta, variance))
+        shares = flight.shares([(x, record)], beta, variance)
+        latest = Stop(x, beta, gait, variance, record, shares, lag=_settled_by(records, x) / rise)
         stops.append(latest)
         share = _DOWN + _THERE
         on_progress(share + (1.0 - share) * (i + 1) / len(plan))
     return stops[::-1]
+
+
+def _settled_by(records: list[Record], x: float) -> float:
+    """Return by how much X fell after the first visit to a stop, at most: with two standard errors."""
+    slopes = np.array([0.5 * np.exp(x) * record.square[-1] for record in records])
+    falls = slopes[0] - np.mean(slopes[len(slopes) // 2 :], axis=0)
+    return max(float(np.mean(falls)), 0.0) + 2.0 * float(np.std(falls, ddof=1)) / float(np.sqrt(len(falls)))
 
 
 def _target(flight: Flight, energy: float, bulge: float, factor: float) -> float:
@@ -316,6 +330,8 @@ def _survey(flight: Flight, stops: list[Stop], beta: float, natural: float) -> S
         room=[flight.cutoff - stop.record.reach for stop in stops],
         rises=[np.nan_to_num(stop.record.rises) for stop in stops],
         confined=confined,
+        # Chains in different arms scatter for good, and do not settle.
+        lags=np.array([np.inf if flight.as_one else stop.lag for stop in stops[:-1]]),
         shares=None if flight.as_one else np.stack([stop.shares for stop in stops]),
         walled=flight.walled,
         inside=np.array([float(np.mean(stop.record.inside)) if small else 1.0 for stop in stops]),

@@ -15,15 +15,13 @@ import numpy as np
 from jaxtyping import Array, PyTree
 from numpy.typing import NDArray
 
-from volumejax.ensemble import FIELDS, Ensemble, Position, toll_share
+from volumejax.ensemble import FIELDS, STRETCHES, Ensemble, Position, toll_share
 from volumejax.metric import Metric
 
 __all__ = ["Response", "flat_shares", "respond", "response_gradients"]
 
 Vector = NDArray[np.float64]
 
-_STRETCHES = 2
-"""Fields of a leaf that stretch it; the others slide."""
 _THERMAL = 1.0
 """Distance between two gradients from which a second derivative is taken, in standard deviations of the place along the
 field."""
@@ -48,7 +46,7 @@ class Response(NamedTuple):
 
 def _active_fields(ensemble: Ensemble) -> int:
     """Return how many of a leaf's fields, the first ones, are not zero."""
-    return FIELDS if ensemble.slides else _STRETCHES
+    return FIELDS if ensemble.slides else STRETCHES
 
 
 def response_gradients(ensemble: Ensemble) -> int:
@@ -84,7 +82,7 @@ def respond(
         fields = ensemble.fields(metric, precisions, (precision, beta), place)
         leaves, means, softness = (jax.tree.leaves(x) for x in (place, precisions, ensemble.softness(precisions)))
         moves = [jnp.stack(of_leaf) for of_leaf in zip(*map(jax.tree.leaves, fields), strict=True)]
-        rates = [jnp.stack([jnp.ones_like(w), w, *(FIELDS - _STRETCHES) * [jnp.zeros_like(w)]]) for w in softness]
+        rates = [jnp.stack([jnp.ones_like(w), w, *(FIELDS - STRETCHES) * [jnp.zeros_like(w)]]) for w in softness]
         felt, whole = force(d), [precision * x for x in leaves]
         if ensemble.frame.pull is not None:
             whole = [x + b for x, b in zip(whole, jax.tree.leaves(metric.turned(ensemble.frame.pull)), strict=True)]
@@ -135,12 +133,12 @@ def flat_shares(grams: NDArray[np.floating], slopes: NDArray[np.floating], *, sl
     gram = grams.mean(axis=0)
     scale = np.sqrt(np.maximum(np.diag(gram), 0.0))
     free = scale > 0.0
-    free[_STRETCHES * leaves :] &= slides
+    free[STRETCHES * leaves :] &= slides
     weights = np.divide(1.0, scale, out=np.zeros(count), where=free)
     together = np.zeros((count, 2))
     # A leaf whose own curvature came out negative goes with the others.
     together[:leaves, 0] = np.diag(gram)[:leaves] != 0.0
-    together[_STRETCHES * leaves : (_STRETCHES + 1) * leaves, 1] = free[_STRETCHES * leaves : (_STRETCHES + 1) * leaves]
+    together[STRETCHES * leaves : (STRETCHES + 1) * leaves, 1] = free[STRETCHES * leaves : (STRETCHES + 1) * leaves]
     together = together[:, together.any(axis=0)]
     slope = together.T @ slopes.mean(axis=0)
     shares = together @ np.linalg.lstsq(together.T @ gram @ together, slope, rcond=1e-9)[0]
@@ -151,5 +149,5 @@ def flat_shares(grams: NDArray[np.floating], slopes: NDArray[np.floating], *, sl
         chance = np.square(_AGREED) * np.var(rest, axis=0, ddof=1) / len(rest)
         trust *= np.maximum(1.0 - chance / np.maximum(np.square(mean), 1e-300), 0.0)
     shares = 2.0 * (shares + weights * (vectors @ (trust * mean)))
-    shares[: _STRETCHES * leaves] = np.clip(shares[: _STRETCHES * leaves], -_FURTHEST, _FURTHEST)
+    shares[: STRETCHES * leaves] = np.clip(shares[: STRETCHES * leaves], -_FURTHEST, _FURTHEST)
     return shares
