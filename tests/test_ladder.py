@@ -49,6 +49,7 @@ def survey_of(spread_of_slope, *, covariance=0.0, bottom=0.0, step_size=0.3, con
         inside=np.ones(STOPS),
         beta=500.0,
         natural_beta=200.0,
+        unseen=0.0,
         least_spread=0.0,
         ends_flat=ends_flat,
     )
@@ -372,6 +373,17 @@ def test_temperatures_run_from_cold_to_natural_through_the_joint(decades):
     assert np.all(rungs.precision == 1.0) and np.all(rungs.stretch == 0.0)
     assert np.all(rungs.num_moves >= 1) and rungs.num_steps.dtype == np.int32
     assert np.all(np.diff(rungs.step_size) == 0.0)
+
+
+def test_temperatures_go_on_where_segments_scatter_against_the_guide():
+    """Down to a tenth of the natural β, at most 1.5/√λ of it at a time; the others as before."""
+    survey = survey_of(4.0, confined=400.0)
+    usual, _ = temperatures(survey)
+    rungs, joint = temperatures(dataclasses.replace(survey, unseen=10.0))
+    np.testing.assert_allclose(rungs.beta[: len(usual.beta)], usual.beta)
+    assert rungs.beta[joint] == pytest.approx(500.0) and 20.0 < rungs.beta[-1] < 20.0 + 15.0
+    np.testing.assert_allclose(np.diff(rungs.beta[len(usual.beta) - 1 :]), -15.0)
+    assert len(temperatures(dataclasses.replace(survey, unseen=1.0))[0].beta) == len(usual.beta)
 
 
 @pytest.mark.parametrize("confined", [20.0, 2000.0])

@@ -365,8 +365,16 @@ class Flight:
 
     def bulge(self, record: Record) -> float:
         """Return how much higher the largest cost on the segment lies above the anchor's than the guide; at least 1."""
-        rise = [float(np.nanmean(values[-1])) - self.anchor_cost for values in (record.reach, record.cost)]
-        return float(np.clip(rise[0] / rise[1], 1.0, 3.0)) if rise[1] > 0.0 and np.isfinite(rise[0]) else 1.0
+        known = np.isfinite(record.reach) & np.isfinite(record.cost)
+        if not known.any():
+            return 1.0
+        rise = [float(np.mean(values[known])) - self.anchor_cost for values in (record.reach, record.cost)]
+        return float(np.clip(rise[0] / rise[1], 1.0, 3.0)) if rise[1] > 0.0 else 1.0
+
+    def unseen(self, record: Record) -> float:
+        """Return the standard deviation of the largest cost on the segment about the guide, in nats of the cost."""
+        known = np.isfinite(record.reach) & np.isfinite(record.cost)
+        return float(np.std(record.reach[known] - record.cost[known])) if known.any() else 0.0
 
     def bulging(self) -> float | None:
         """Return where the cost on the chains' segments bulges while the star's guide hardly sees it; None if nowhere.

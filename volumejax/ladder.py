@@ -47,6 +47,9 @@ _RELEASE = 1.0
 """Energy that a step up the ladder may put into a chain, in standard deviations of its own."""
 _SETTLING = 0.4
 """Length of the trajectories at one precision: only the cost has to settle, by its stiff directions."""
+_UNSEEN, _WARMEST = 2.0, 0.1
+"""Nats by which segments may scatter against the guide unless temperatures go on beyond the natural one, and the share
+of that β at which they end."""
 _DIRECT = 6
 """Lags from which on autocorrelations are summed rather than extrapolated from the first."""
 _LARGEST_STEP = 0.7
@@ -82,6 +85,7 @@ class Survey:
         inside: share of trajectories that the region allowed, where no one map fits all of it; else 1.
         beta: inverse temperature of the κ ladder.
         natural_beta: where the mean cost is the cutoff.
+        unseen: scatter of β times the largest cost on a star's segments against its guide, nats.
         least_spread: e-folds over which steps are spread at least.
         ends_flat: whether the ladder ends at a = 0.
     """
@@ -103,6 +107,7 @@ class Survey:
     inside: Vector
     beta: float
     natural_beta: float
+    unseen: float
     least_spread: float
     ends_flat: bool
 
@@ -216,7 +221,9 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
 def temperature_ladder(survey: Survey, *, decades: float, most_steps: int, budget: float) -> tuple[Rung, int]:
     """Return the rungs at the prior's own stiffness from cold to natural β, and the one at the κ ladder's β.
 
-    Neighbours differ by one and a half standard deviations of the energy, 1.5/√λ in log β.
+    Neighbours differ by one and a half standard deviations of the energy, 1.5/√λ in log β. Where a star's segments
+    are not as high as its guide says, temperatures go on to where hardly any β is left: most of the mass is where the
+    guide is high and they are not, and no chain comes there that is held back.
 
     Args:
         survey: from the pilot.
@@ -230,18 +237,20 @@ def temperature_ladder(survey: Survey, *, decades: float, most_steps: int, budge
         np.log(survey.beta) + decades * np.log(10.0), np.log(survey.beta), np.log(survey.natural_beta)
     )  # fmt: skip
     above, below = (max(int(np.ceil((a - b) / gap)), 1) for a, b in ((top, middle), (middle, bottom)))
-    log_beta = np.concatenate([np.linspace(top, middle, above + 1), np.linspace(middle, bottom, below + 1)[1:]])
+    beta = np.exp(np.concatenate([np.linspace(top, middle, above + 1), np.linspace(middle, bottom, below + 1)[1:]]))
+    if survey.unseen > _UNSEEN:
+        beta = np.concatenate([beta, survey.natural_beta * np.arange(1.0 - gap, _WARMEST, -gap)])
     # The metric grows with β, so that the step need not shrink.
-    step_size = np.full(len(log_beta), survey.typical_step[-1])
+    step_size = np.full(len(beta), survey.typical_step[-1])
     # Only the cost has to settle here, which takes a fraction of a period of the soft directions.
-    count = len(log_beta)
+    count = len(beta)
     affordable = int(np.clip(budget / count, 8, most_steps))
     steps = np.clip(np.ceil(_SETTLING / step_size), 2, affordable)
     moves = int(np.clip(budget / np.sum(steps + 1.0), 1, 8))
     precision = 0.0 if survey.ends_flat else float(np.exp(survey.x[-1]))
     return Rung(
         precision=np.full(count, precision),
-        beta=np.exp(log_beta),
+        beta=beta,
         masses=np.repeat(1.0 / survey.leaf_variance[-1:], count, axis=0),
         step_size=step_size * np.exp(0.5 * survey.spreads[-1]),
         spread=np.full(count, survey.spreads[-1]),

@@ -289,8 +289,8 @@ def _settle_beta(flight: Flight, stop: Stop, factor: float, until: float) -> tup
         wanted = _target(flight, float(np.mean(energies[-_LEAST_SETTLING // 2 :])), flight.bulge(record), factor)
         beta *= float(np.exp(np.clip(np.log(wanted / beta), -0.15, 0.15)))
         flight.follow(stop.x, beta, variance)
-    natural = flight.bulge(record) * float(np.mean(energies[-_LEAST_SETTLING // 2 :])) / flight.room
     record = joined(records[-len(records) // 2 :])
+    natural = flight.bulge(record) * float(np.mean(energies[-_LEAST_SETTLING // 2 :])) / flight.room
     shares = flight.shares([(stop.x, record)], beta, variance)
     return beta, natural, Stop(stop.x, beta, gait, variance, record, shares)
 
@@ -337,6 +337,7 @@ def _survey(flight: Flight, stops: list[Stop], beta: float, natural: float) -> S
         inside=np.array([float(np.mean(stop.record.inside)) if small else 1.0 for stop in stops]),
         beta=beta,
         natural_beta=natural,
+        unseen=beta * flight.unseen(stops[-1].record),
         least_spread=_FEW_SPREAD if ensemble.dimension < _FEW else _CHEAP_SPREAD if small else 0.0,
         ends_flat=ensemble.frame.stiffness == 0.0,
     )
