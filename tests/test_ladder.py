@@ -379,11 +379,11 @@ def test_temperatures_go_on_where_segments_scatter_against_the_guide():
     """Down to a tenth of the natural β, at most 1.5/√λ of it at a time; the others as before."""
     survey = survey_of(4.0, confined=400.0)
     usual, _ = temperatures(survey)
-    rungs, joint = temperatures(dataclasses.replace(survey, unseen=10.0))
+    rungs, joint = temperatures(dataclasses.replace(survey, unseen=12.0))
     np.testing.assert_allclose(rungs.beta[: len(usual.beta)], usual.beta)
     assert rungs.beta[joint] == pytest.approx(500.0) and 20.0 < rungs.beta[-1] < 20.0 + 15.0
     np.testing.assert_allclose(np.diff(rungs.beta[len(usual.beta) - 1 :]), -15.0)
-    assert len(temperatures(dataclasses.replace(survey, unseen=1.0))[0].beta) == len(usual.beta)
+    assert len(temperatures(dataclasses.replace(survey, unseen=8.0))[0].beta) == len(usual.beta)
 
 
 @pytest.mark.parametrize("confined", [20.0, 2000.0])

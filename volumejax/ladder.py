@@ -47,7 +47,7 @@ _RELEASE = 1.0
 """Energy that a step up the ladder may put into a chain, in standard deviations of its own."""
 _SETTLING = 0.4
 """Length of the trajectories at one precision: only the cost has to settle, by its stiff directions."""
-_UNSEEN, _WARMEST = 2.0, 0.1
+_UNSEEN, _WARMEST = 10.0, 0.1
 """Nats by which segments may scatter against the guide unless temperatures go on beyond the natural one, and the share
 of that β at which they end."""
 _DIRECT = 6

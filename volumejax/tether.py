@@ -351,7 +351,13 @@ class _Run:
         heat = [
             _Leg("heating", pad(over), [0] * _FIRST_VISITS + [1] * (_FIRST_VISITS + 1), _OVER, lambda *_: None),
             # They come from a colder β, as the cooling pass does: its lag must not be theirs too.
-            _Leg("heating", temperature_table, [last] * (_FIRST_VISITS + 1), _WARM, lambda *_: None),
+            _Leg(
+                "heating",
+                temperature_table,
+                [*range(joint, last), *[last] * (_FIRST_VISITS + 1)],
+                _WARM,
+                lambda *_: None,
+            ),
             _Leg(
                 "heating",
                 temperature_table,
