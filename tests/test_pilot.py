@@ -37,6 +37,7 @@ def test_its_ends_are_chains_at_the_end_of_the_way_down(chains):
     ends = np.asarray(pilot.ends.displacement, np.float64)
     assert ends.shape == (chains, D)
     assert pilot.survey.x[0] > 4.0 and pilot.survey.x[-1] == 0.0
+    assert pilot.survey.unseen == 0.0, "the cost is all that the region looks at"
     assert len(pilot.survey.slope[-1][0]) == 4, "chains whose moments it measures"
     # A chain of 20 free directions has Σδ² = 20 ± 6.3.
     assert np.all(np.abs(np.sum(ends[:, D // 2 :] ** 2, axis=1) - D // 2) < 18.0)
@@ -53,6 +54,7 @@ def test_the_guide_of_the_star_looks_where_its_segments_bulge():
     pilot = fly_from_zero(crested, 0.5, Star())
     assert pilot.ensemble.guides[:2] == (1.0, 0.7) and len(pilot.ensemble.guides) == 3
     assert 0.1 < pilot.ensemble.guides[2] < 0.45
+    assert pilot.survey.unseen > 0.0
 
 
 def test_the_guide_of_the_star_stays_where_segments_rise_to_their_ends():
