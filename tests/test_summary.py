@@ -1,7 +1,7 @@
 """What a tally is said to be worth, where its works are planted.
 
 Mutations these catch: levels that do not overlap, an error without end or chains that end far below the cutoff taken
-for an estimate, a remark without its remedy or with it twice.
+for an estimate, a remark without its remedy or with it twice, energies behind the wall reported.
 """
 
 import dataclasses
@@ -18,7 +18,10 @@ from volumejax.summary import Plan, summarise
 from volumejax.tally import COOLING, HEATING, Tally
 
 CHAINS, LEVELS, BETAS = 8, 4, np.array([40.0, 20.0, 10.0])
-PLAN = Plan(cutoff=0.3, cutoffs=np.array([0.1, 0.3]), dimension=3, prior_term=-1.0, proper=True, region="connected")
+PLAN = Plan(
+    cutoff=0.3, cutoffs=np.array([0.1, 0.3]), dimension=3, prior_term=-1.0, proper=True, region="connected",
+    natural_beta=10.0,
+)  # fmt: skip
 
 
 def ladder(precision, beta):
@@ -89,3 +92,13 @@ def test_chains_that_end_far_below_the_cutoff_are_not_mixed():
 def test_passes_that_agree_on_levels_that_overlap_are_an_estimate():
     estimate = estimate_of(0.0)
     assert estimate.kind == Kind.ESTIMATE and "overlap" not in estimate.status
+
+
+def test_energies_beyond_the_natural_temperature_are_not_reported():
+    """There the wall cuts them off; unless the tether ended as warm, as with a β that is set low."""
+    energies = {beta: estimate_of(0.0, plan=dataclasses.replace(PLAN, natural_beta=beta)).trace.energies
+                for beta in (10.0, 15.0, 30.0)}  # fmt: skip
+    assert np.all(np.isfinite(energies[10.0]))
+    for beta in (15.0, 30.0):
+        np.testing.assert_array_equal(np.isnan(energies[beta]), [False, False, True])
+        np.testing.assert_array_equal(energies[beta][:2], energies[10.0][:2])

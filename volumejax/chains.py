@@ -168,7 +168,7 @@ class ChainTrace(eqx.Module):
     """Annealing weights of the cooling chains, each at most the mass in expectation."""
     betas: Float[Numbers, "temperatures"]
     energies: Float[Numbers, "temperatures"]
-    """λ̂(β) at each temperature."""
+    """λ̂(β) at each temperature; NaN where that is so warm that the region's wall cuts it off."""
     energy_errors: Float[Numbers, "temperatures"]
     heat_capacities: Float[Numbers, "temperatures"]
     """β² Var C."""

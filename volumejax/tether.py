@@ -319,6 +319,7 @@ class _Run:
             prior_term=self.prior_term,
             proper=self.proper,
             region=ensemble.region.name,
+            natural_beta=pilot.survey.natural_beta,
         )
         kappa_table, temperature_table = pad(kappa), pad(temperature)
         bottom, last = len(kappa.precision) - 1, len(temperature.beta) - 1
