@@ -280,13 +280,13 @@ def test_what_matrix_products_in_short_floats_change_is_told(monkeypatch):
         return 0.5 * jnp.sum(jnp.square(w)) * (1.1 if short else 1.0)
 
     question = (jax.random.key(0), cost, jnp.zeros(100), vj.Gaussian(1.0))
-    plain = vj.tether_volume(*question, cutoff=0.1, effort=0.01)
+    plain = vj.tether_volume(*question, cutoff=0.1, effort=0.05)
     assert np.isnan(plain.noise) and plain.status == "ok"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    rounded = vj.tether_volume(*question, cutoff=0.1, effort=0.01)
+    rounded = vj.tether_volume(*question, cutoff=0.1, effort=0.05)
     assert rounded.log_mass == plain.log_mass
-    # 1/11 of βC, which is 50 on average without the wall and less behind it.
-    assert 35 / 11 < rounded.noise < 50 / 11
+    # 1/11 of βC, which is 50 on average without the wall and less behind it: 44, once the chains have settled.
+    assert 41 / 11 < rounded.noise < 47 / 11
     assert "jax.default_matmul_precision('highest')" in rounded.status
 
 

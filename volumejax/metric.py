@@ -153,17 +153,19 @@ class Metric(eqx.Module):
     def _means(self, stiffness: Array, precision: Array, beta: Array) -> tuple[list[Array], list[Array]]:
         """Return mean precisions as the curvature has them, and the factor by which each leaf is to be rescaled."""
         least = [precision + _FLOOR * stiffness[leaf] for leaf in range(len(self.curvature))]
-        widths = jnp.stack([jnp.sum(1.0 / (b + self.beta * c)) for b, c in zip(least, self.curvature, strict=True)])
-        seen = jnp.asarray([c.size for c in self.curvature], jnp.float32) / stiffness
-        unit = jnp.sum(widths) / jnp.sum(seen)
-        # With what a leaf was wider by where that was measured, or without it where the chains no longer lean.
-        known = ~jnp.isnan(self.excess)
-        off = jnp.log(widths / seen) - jnp.where(known, 0.0, jnp.log(unit))
-        leaning = off + jnp.where(known, jnp.log(self.excess), 0.0)
-        nearer = jnp.where(jnp.abs(leaning) < jnp.abs(off), leaning, off)
-        off = jnp.where(leaning * off > 0.0, nearer, 0.0)
-        scales = jnp.exp(jnp.sign(off) * jnp.maximum(jnp.abs(off) - jnp.log(_AGREES), 0.0))
-        return [unit * (b + beta * c) for b, c in zip(least, self.curvature, strict=True)], list(scales)
+        widths = [jnp.sum(1.0 / (b + self.beta * c)) for b, c in zip(least, self.curvature, strict=True)]
+        seen = [c.size / stiffness[leaf] for leaf, c in enumerate(self.curvature)]
+        unit = jnp.sum(jnp.stack(widths)) / jnp.sum(jnp.stack(seen))
+        scales = []
+        for leaf, (width, found) in enumerate(zip(widths, seen, strict=True)):
+            # With what the leaf was wider by where that was measured, or without it where the chains no longer lean.
+            wide = self.excess[leaf]
+            off = jnp.log(width / found) - jnp.where(jnp.isnan(wide), jnp.log(unit), 0.0)
+            leaning = off + jnp.where(jnp.isnan(wide), 0.0, jnp.log(wide))
+            nearer = jnp.where(jnp.abs(leaning) < jnp.abs(off), leaning, off)
+            off = jnp.where(leaning * off > 0.0, nearer, 0.0)
+            scales.append(jnp.exp(jnp.sign(off) * jnp.maximum(jnp.abs(off) - jnp.log(_AGREES), 0.0)))
+        return [unit * (b + beta * c) for b, c in zip(least, self.curvature, strict=True)], scales
 
     def _apply(self, vector: PyTree, *, transpose: bool) -> PyTree:
         leaves, treedef = jax.tree.flatten(vector)
