@@ -365,16 +365,16 @@ class Flight:
 
     def bulge(self, record: Record) -> float:
         """Return how much higher the largest cost on the segment lies above the anchor's than the guide; at least 1."""
-        known = np.isfinite(record.reach) & np.isfinite(record.cost)
-        if not known.any():
+        seen = _seen_on_segments(record)
+        if not seen.size:
             return 1.0
-        rise = [float(np.mean(values[known])) - self.anchor_cost for values in (record.reach, record.cost)]
+        rise = [float(np.mean(values)) - self.anchor_cost for values in seen]
         return float(np.clip(rise[0] / rise[1], 1.0, 3.0)) if rise[1] > 0.0 else 1.0
 
     def unseen(self, record: Record) -> float:
         """Return the standard deviation of the largest cost on the segment about the guide, in nats of the cost."""
-        known = np.isfinite(record.reach) & np.isfinite(record.cost)
-        return float(np.std(record.reach[known] - record.cost[known])) if known.any() else 0.0
+        reach, guide = _seen_on_segments(record)
+        return float(np.std(reach - guide)) if reach.size else 0.0
 
     def bulging(self) -> float | None:
         """Return where the cost on the chains' segments bulges while the star's guide hardly sees it; None if nowhere.
@@ -422,6 +422,12 @@ def _supported(ensemble: Ensemble, positions: Position) -> Bool[Array, "chains"]
 def _permitted(ensemble: Ensemble, positions: Position) -> Bool[Array, "chains"]:
     """Return which chains stand inside the region."""
     return jax.vmap(ensemble.permits)(positions.reach, positions.displacement)
+
+
+def _seen_on_segments(record: Record) -> np.ndarray:
+    """Return the largest cost on the segment and the guide, shape (2, samples), where both are finite."""
+    known = np.isfinite(record.reach) & np.isfinite(record.cost)
+    return np.stack([record.reach[known], record.cost[known]])
 
 
 def variances(ensemble: Ensemble, record: Record) -> np.ndarray:

@@ -47,7 +47,7 @@ _RELEASE = 1.0
 """Energy that a step up the ladder may put into a chain, in standard deviations of its own."""
 _SETTLING = 0.4
 """Length of the trajectories at one precision: only the cost has to settle, by its stiff directions."""
-_UNSEEN, _WARMEST = 10.0, 0.1
+_PARTED, _WARMEST = 10.0, 0.1
 """Nats by which segments may scatter against the guide unless temperatures go on beyond the natural one, and the share
 of that β at which they end."""
 _DIRECT = 6
@@ -221,9 +221,9 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
 def temperature_ladder(survey: Survey, *, decades: float, most_steps: int, budget: float) -> tuple[Rung, int]:
     """Return the rungs at the prior's own stiffness from cold to natural β, and the one at the κ ladder's β.
 
-    Neighbours differ by one and a half standard deviations of the energy, 1.5/√λ in log β. Where a star's segments
-    are not as high as its guide says, temperatures go on to where hardly any β is left: most of the mass is where the
-    guide is high and they are not, and no chain comes there that is held back.
+    Neighbours differ by one and a half standard deviations of the energy, 1.5/√λ in log β. Where the largest cost
+    on a star's segments scatters against its guide, temperatures go on to where hardly any β is left: most of the mass
+    is where segments are flat and the guide is high, and no chain comes there that is held back.
 
     Args:
         survey: from the pilot.
@@ -238,7 +238,7 @@ def temperature_ladder(survey: Survey, *, decades: float, most_steps: int, budge
     )  # fmt: skip
     above, below = (max(int(np.ceil((a - b) / gap)), 1) for a, b in ((top, middle), (middle, bottom)))
     beta = np.exp(np.concatenate([np.linspace(top, middle, above + 1), np.linspace(middle, bottom, below + 1)[1:]]))
-    if survey.unseen > _UNSEEN:
+    if survey.unseen > _PARTED:
         beta = np.concatenate([beta, survey.natural_beta * np.arange(1.0 - gap, _WARMEST, -gap)])
     # The metric grows with β, so that the step need not shrink.
     step_size = np.full(len(beta), survey.typical_step[-1])
