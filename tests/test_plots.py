@@ -62,6 +62,15 @@ def test_bounds_are_arrows_and_estimates_have_an_interval(example_run):
     assert [len(axis.containers) for axis in axes] == [0, 0, 0, 1]
 
 
+def test_arrows_end_where_no_probability_is_larger(make_row, make_run, make_tether):
+    row, far = make_tether("t", kind="not_mixed"), make_row("a", "isotropic", [-9e3, -9e3])
+    (axis, _) = plots.figures(make_run(row, far))["summary"].axes
+    (arrow,) = (child for child in axis.get_children() if hasattr(child, "arrow_patch"))
+    low, high = axis.get_xlim()
+    points = axis.get_position().width * 72.0 * axis.figure.get_figwidth()
+    assert arrow.xyann[0] * (high - low) / points == pytest.approx(614.23, rel=0.01)
+
+
 def test_tethers_are_intervals_with_a_tick_at_their_bound(make_row, make_run, make_tether):
     rows = (make_row("a", "adam", [-2.0, -2.0]), make_tether("t"), make_tether("stuck", kind="not_mixed"))
     drawn = plots.figures(make_run(*rows))

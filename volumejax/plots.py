@@ -37,6 +37,8 @@ COLOURS = {
 OTHER_COLOUR = "#e69f00"
 
 WIDTH = 5.2
+_ARROW, _HEAD = 34.0, 9.0
+"""Points that an arrow is long, and at least."""
 STYLE: Sequence[Any] = (
     "default",
     {
@@ -112,7 +114,8 @@ def _summary(run: Run) -> Figure:
             axis.plot([low, high], [0.4, 0.4], color=shade, alpha=0.3, lw=5, solid_capstyle="butt")
         lower, centre, error = (float(value[name]) for name in ("lower", "log_mass", "std_error"))
         if is_bound(value):
-            _arrow(axis, lower, shade)
+            if math.isfinite(lower):
+                axis.plot([lower, lower], [0.12, 0.68], color=shade, lw=1.8)
         elif math.isfinite(centre):
             axis.errorbar([centre], [0.4], xerr=[[1.96 * error]] * 2, color=shade, marker="o", ms=5.5, capsize=3)
             if not row.from_rays and math.isfinite(lower):
@@ -130,6 +133,9 @@ def _summary(run: Run) -> Figure:
     # Room for an arrow that starts at the rightmost bound.
     low, high = axes[0].get_xlim()
     axes[0].set_xlim(low, high + 0.07 * (high - low))
+    for axis, row in zip(axes, run.rows, strict=True):
+        if is_bound(row.estimate):
+            _arrow(axis, float(row.estimate["lower"]), float(row.estimate["upper"]), colour(row))
     if chained:
         entries += _gaps(run, axes)
     _finish(figure, axes, "log mass (nats)", entries + _published_entries(run))
@@ -270,14 +276,16 @@ def _ridge(
         axis.text(1.0, 0.66, text, transform=axis.transAxes, ha="right", va="top", fontsize=8.5, color=MUTED)
 
 
-def _arrow(axis: Axes, lower: float, shade: str) -> None:
+def _arrow(axis: Axes, lower: float, upper: float, shade: str) -> None:
+    """An arrow to the right of a bound, no further than what can be proved; the axis has its limits already."""
     if not math.isfinite(lower):
         return
-    axis.plot([lower, lower], [0.12, 0.68], color=shade, lw=1.8)
+    figure, (low, high) = axis.get_figure(root=True), axis.get_xlim()
+    points = axis.get_position().width * 72.0 * figure.get_figwidth() / (high - low)
     axis.annotate(
         "",
         xy=(lower, 0.4),
-        xytext=(34, 0),
+        xytext=(max(min(_ARROW, (upper - lower) * points), _HEAD), 0),
         textcoords="offset points",
         arrowprops={"arrowstyle": "<|-", "color": shade, "lw": 1.6, "shrinkA": 0, "shrinkB": 0},
     )
