@@ -367,20 +367,28 @@ def temperatures(survey, decades=2.0, budget=4000.0):
 
 @pytest.mark.parametrize("decades", [2.0, 0.5])
 def test_temperatures_run_from_cold_to_natural_through_the_joint(decades):
-    rungs, joint = temperatures(survey_of(4.0), decades)
+    rungs, joint, natural = temperatures(survey_of(4.0), decades)
     np.testing.assert_allclose(rungs.beta[[0, joint, -1]], [500.0 * 10**decades, 500.0, 200.0])
+    assert natural == len(rungs.beta) - 1
     assert np.all(np.diff(rungs.beta) < 0.0) and 0 < joint < len(rungs.beta) - 1
     assert np.all(rungs.precision == 1.0) and np.all(rungs.stretch == 0.0)
     assert np.all(rungs.num_moves >= 1) and rungs.num_steps.dtype == np.int32
     assert np.all(np.diff(rungs.step_size) == 0.0)
 
 
+def test_temperatures_of_no_curve_begin_at_the_joint():
+    rungs, joint, natural = temperatures(survey_of(4.0), 0.0)
+    assert joint == 0 and natural == len(rungs.beta) - 1 >= 1
+    np.testing.assert_allclose(rungs.beta[[0, -1]], [500.0, 200.0])
+
+
 def test_temperatures_go_on_where_segments_scatter_against_the_guide():
     """Down to a tenth of the natural β, at most 1.5/√λ of it at a time; the others as before."""
     survey = survey_of(4.0, confined=400.0)
-    usual, _ = temperatures(survey)
-    rungs, joint = temperatures(dataclasses.replace(survey, unseen=12.0))
+    usual, *_ = temperatures(survey)
+    rungs, joint, natural = temperatures(dataclasses.replace(survey, unseen=12.0))
     np.testing.assert_allclose(rungs.beta[: len(usual.beta)], usual.beta)
+    assert natural == len(usual.beta) - 1
     assert rungs.beta[joint] == pytest.approx(500.0) and 20.0 < rungs.beta[-1] < 20.0 + 15.0
     np.testing.assert_allclose(np.diff(rungs.beta[len(usual.beta) - 1 :]), -15.0)
     assert len(temperatures(dataclasses.replace(survey, unseen=8.0))[0].beta) == len(usual.beta)
@@ -389,11 +397,11 @@ def test_temperatures_go_on_where_segments_scatter_against_the_guide():
 @pytest.mark.parametrize("confined", [20.0, 2000.0])
 def test_neighbouring_temperatures_overlap(confined):
     """√λ times the gap in log β is the distance of the energies in standard deviations."""
-    rungs, _ = temperatures(survey_of(4.0, confined=confined))
+    rungs, *_ = temperatures(survey_of(4.0, confined=confined))
     distance = -np.diff(np.log(rungs.beta)) * np.sqrt(confined)
     assert np.all(distance < 2.5) and np.max(distance) > 0.5
 
 
 def test_temperatures_of_a_flat_prior_have_no_tether():
-    rungs, _ = temperatures(survey_of(4.0, bottom=-2.0, ends_flat=True))
+    rungs, *_ = temperatures(survey_of(4.0, bottom=-2.0, ends_flat=True))
     assert np.all(rungs.precision == 0.0)

@@ -12,6 +12,7 @@ import pytest
 
 from volumejax.annealing import Record
 from volumejax.ensemble import FIELDS, Rung
+from volumejax.ladder import Temperatures
 from volumejax.tally import COOLING, HEATING, Tally
 
 CHAINS, LEVELS, JOINT = 8, 4, 2
@@ -60,8 +61,8 @@ def costs_at(rungs, seed):
 @pytest.fixture
 def make_tally():
     return lambda: Tally(
-        ladder(np.array([9.0, 9.0, 3.0, 1.0]), np.array([0.0, 20.0, 20.0, 20.0])), ladder(np.ones(5), BETAS), JOINT,
-        REFERENCE, CHAINS, ANCHOR_COST,
+        ladder(np.array([9.0, 9.0, 3.0, 1.0]), np.array([0.0, 20.0, 20.0, 20.0])),
+        Temperatures(ladder(np.ones(5), BETAS), JOINT, 4), REFERENCE, CHAINS, ANCHOR_COST,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ The part of it that fresh scatter makes leaves Bennett's ratio without bias, so 
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from scipy.interpolate import PchipInterpolator
 from volumejax.ensemble import FIELDS, SHORT, STRETCHES, Rung, trajectories
 from volumejax.metric import mass_power
 
-__all__ = ["Survey", "best_share", "kappa_ladder", "temperature_ladder", "trajectory_length"]
+__all__ = ["Survey", "Temperatures", "best_share", "kappa_ladder", "temperature_ladder", "trajectory_length"]
 
 Vector = NDArray[np.float64]
 
@@ -130,6 +131,16 @@ class Survey:
         return self.step_size * np.exp(-0.5 * self.spreads)
 
 
+class Temperatures(NamedTuple):
+    """The temperature ladder, from cold to warm."""
+
+    rungs: Rung
+    joint: int
+    """The rung at the κ ladder's β."""
+    natural: int
+    """The rung at the natural β; what comes after it is behind the wall."""
+
+
 def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: float, overhead: float = 0.0) -> Rung:
     """Return the rungs from the reference, at β = 0, down to the prior's own stiffness, for about `budget` gradients.
 
@@ -218,8 +229,8 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
     )
 
 
-def temperature_ladder(survey: Survey, *, decades: float, most_steps: int, budget: float) -> tuple[Rung, int]:
-    """Return the rungs at the prior's own stiffness from cold to natural β, and the one at the κ ladder's β.
+def temperature_ladder(survey: Survey, *, decades: float, most_steps: int, budget: float) -> Temperatures:
+    """Return the rungs at the prior's own stiffness from cold to natural β, by way of the κ ladder's.
 
     Neighbours differ by one and a half standard deviations of the energy, 1.5/√λ in log β. Where the largest cost
     on a star's segments scatters against its guide, temperatures go on to where hardly any β is left: most of the mass
@@ -227,7 +238,7 @@ def temperature_ladder(survey: Survey, *, decades: float, most_steps: int, budge
 
     Args:
         survey: from the pilot.
-        decades: how far the coldest β lies above the κ ladder's, in powers of ten.
+        decades: how far the coldest β lies above the κ ladder's, in powers of ten; 0 begins with that.
         most_steps: leapfrog steps of a trajectory, at most.
         budget: gradients per chain for one pass.
     """
@@ -236,8 +247,9 @@ def temperature_ladder(survey: Survey, *, decades: float, most_steps: int, budge
     top, middle, bottom = (
         np.log(survey.beta) + decades * np.log(10.0), np.log(survey.beta), np.log(survey.natural_beta)
     )  # fmt: skip
-    above, below = (max(int(np.ceil((a - b) / gap)), 1) for a, b in ((top, middle), (middle, bottom)))
+    above, below = (int(np.ceil((top - middle) / gap)), max(int(np.ceil((middle - bottom) / gap)), 1))
     beta = np.exp(np.concatenate([np.linspace(top, middle, above + 1), np.linspace(middle, bottom, below + 1)[1:]]))
+    natural = above + below
     if survey.unseen > _PARTED:
         beta = np.concatenate([beta, survey.natural_beta * np.arange(1.0 - gap, _WARMEST, -gap)])
     # The metric grows with β, so that the step need not shrink.
@@ -248,7 +260,7 @@ def temperature_ladder(survey: Survey, *, decades: float, most_steps: int, budge
     steps = np.clip(np.ceil(_SETTLING / step_size), 2, affordable)
     moves = int(np.clip(budget / np.sum(steps + 1.0), 1, 8))
     precision = 0.0 if survey.ends_flat else float(np.exp(survey.x[-1]))
-    return Rung(
+    rungs = Rung(
         precision=np.full(count, precision),
         beta=beta,
         masses=np.repeat(1.0 / survey.leaf_variance[-1:], count, axis=0),
@@ -257,7 +269,8 @@ def temperature_ladder(survey: Survey, *, decades: float, most_steps: int, budge
         num_steps=steps.astype(np.int32),
         num_moves=np.full(count, moves, np.int32),
         stretch=np.zeros((count, FIELDS * len(survey.leaf_sizes))),
-    ), above
+    )
+    return Temperatures(rungs, above, natural)
 
 
 def trajectory_length(confined: Vector, last: float, unevenness: float) -> Vector:

@@ -132,10 +132,13 @@ def _summary(run: Run) -> Figure:
         entries.append(Line2D([], [], color=MUTED, marker="|", ms=8, mew=1.8, lw=0, label="certified"))
     # Room for an arrow that starts at the rightmost bound.
     low, high = axes[0].get_xlim()
-    axes[0].set_xlim(low, high + 0.07 * (high - low))
+    high += 0.07 * (high - low)
+    axes[0].set_xlim(low, high)
+    points = 72.0 * figure.get_figwidth() * axes[0].get_position().width / (high - low)
     for axis, row in zip(axes, run.rows, strict=True):
-        if is_bound(row.estimate):
-            _arrow(axis, float(row.estimate["lower"]), float(row.estimate["upper"]), colour(row))
+        lower, upper = (float(row.estimate[name]) for name in ("lower", "upper"))
+        if is_bound(row.estimate) and math.isfinite(lower):
+            _arrow(axis, lower, points * (upper - lower), colour(row))
     if chained:
         entries += _gaps(run, axes)
     _finish(figure, axes, "log mass (nats)", entries + _published_entries(run))
@@ -276,16 +279,12 @@ def _ridge(
         axis.text(1.0, 0.66, text, transform=axis.transAxes, ha="right", va="top", fontsize=8.5, color=MUTED)
 
 
-def _arrow(axis: Axes, lower: float, upper: float, shade: str) -> None:
-    """An arrow to the right of a bound, no further than what can be proved; the axis has its limits already."""
-    if not math.isfinite(lower):
-        return
-    figure, (low, high) = axis.get_figure(root=True), axis.get_xlim()
-    points = axis.get_position().width * 72.0 * figure.get_figwidth() / (high - low)
+def _arrow(axis: Axes, lower: float, room: float, shade: str) -> None:
+    """An arrow to the right of a bound, within so many points of it: no probability is larger than 1."""
     axis.annotate(
         "",
         xy=(lower, 0.4),
-        xytext=(max(min(_ARROW, (upper - lower) * points), _HEAD), 0),
+        xytext=(max(min(_ARROW, room), _HEAD), 0),
         textcoords="offset points",
         arrowprops={"arrowstyle": "<|-", "color": shade, "lw": 1.6, "shrinkA": 0, "shrinkB": 0},
     )

@@ -15,8 +15,6 @@ __all__ = ["Plan", "summarise"]
 
 Vector = NDArray[np.float64]
 
-_CLOSE = 1e-9
-"""Relative difference up to which temperatures are the same."""
 _GROUPS = 16
 """Groups of chains that the jackknife leaves out in turn."""
 _ROUNDING = 1e-9
@@ -37,8 +35,6 @@ class Plan:
     prior_term: float
     proper: bool
     region: str
-    natural_beta: float
-    """Warmer than that, and than the tether's end, the wall cuts energies off."""
 
 
 def summarise(
@@ -189,8 +185,8 @@ def _trace(
     energies = errors = heat = empty
     if sums is not None:
         whole, errors = sums
-        betas = tally.temperature.beta
-        free = betas >= (1.0 - _CLOSE) * min(plan.natural_beta, betas[tally.joint])
+        # Beyond the natural temperature the wall cuts energies off.
+        free = np.arange(temperatures) <= tally.natural
         energies, errors, heat = (
             np.where(free, values, np.nan) for values in (whole.energies, errors, whole.heat_capacities)
         )

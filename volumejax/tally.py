@@ -10,6 +10,7 @@ from scipy.special import logsumexp
 from volumejax.annealing import Record
 from volumejax.ensemble import Rung
 from volumejax.free_energy import acceptance_ratio, log_mixture, log_total_mass, overlap, ratio_influences
+from volumejax.ladder import Temperatures
 
 __all__ = ["COOLING", "HEATING", "Sums", "Tally"]
 
@@ -72,18 +73,17 @@ class Tally:
 
     Args:
         kappa: the κ ladder; rung 0 is the reference.
-        temperature: the temperature ladder, cold to natural.
-        joint: the rung of the temperature ladder that is the last of the κ ladder.
+        temperatures: at the end of the tether; their joint rung is the last of the κ ladder.
         log_reference: log normaliser of the reference in the measure of δ.
         chains: number of chains of each pass.
         anchor_cost: C(θ0).
     """
 
     def __init__(
-        self, kappa: Rung, temperature: Rung, joint: int, log_reference: float, chains: int, anchor_cost: float
+        self, kappa: Rung, temperatures: Temperatures, log_reference: float, chains: int, anchor_cost: float
     ) -> None:
         """Begin with nothing seen."""
-        self.kappa, self.temperature, self.joint = kappa, temperature, joint
+        self.kappa, (self.temperature, self.joint, self.natural) = kappa, temperatures
         self.log_reference, self.chains, self.anchor_cost = log_reference, chains, anchor_cost
         shape = (2, len(kappa.precision), chains)
         skipped = ("leaf_squares", "stretchings", "rises", "permitted")

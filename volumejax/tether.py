@@ -304,13 +304,14 @@ class _Run:
             escort=self.escort,
             overhead=ensemble.checks / (_FORWARDS * len(ensemble.guides)),
         )
-        temperature, joint = temperature_ladder(
+        temperatures = temperature_ladder(
             pilot.survey, decades=self.decades, most_steps=_MOST_STEPS, budget=_TEMPERATURE * self.budget
         )
+        temperature, joint, natural = temperatures
         with jax.enable_x64(True):
             first = jnp.float64(kappa.precision[0])
             log_reference = float(ensemble.frame.log_reference(first) + ensemble.frame.offset)
-        tally = Tally(kappa, temperature, joint, log_reference, self.chains, self.anchor_cost)
+        tally = Tally(kappa, temperatures, log_reference, self.chains, self.anchor_cost)
         plan = Plan(
             cutoff=cutoff,
             cutoffs=self.anchor_cost
@@ -319,10 +320,11 @@ class _Run:
             prior_term=self.prior_term,
             proper=self.proper,
             region=ensemble.region.name,
-            natural_beta=pilot.survey.natural_beta,
         )
         kappa_table, temperature_table = pad(kappa), pad(temperature)
         bottom, last = len(kappa.precision) - 1, len(temperature.beta) - 1
+        # Beyond the natural β the final factor is made on all rungs, and the last one tells little of it.
+        stay = max(_LAST_VISITS - (last - natural), _FIRST_VISITS)
 
         def enter_kappa(which: int) -> Callable[[list[int], Record], None]:
             return lambda rungs, record: tally.add_kappa(which, rungs, record)
@@ -335,18 +337,14 @@ class _Run:
             _Leg(
                 "cooling",
                 temperature_table,
-                [*range(joint, last), *[last] * (_LAST_VISITS + 1)],
+                [*range(joint, last), *[last] * (stay + 1)],
                 _RELEASE,
                 enter_temperature(COOLING, True),
             ),
-            _Leg(
-                "curve",
-                temperature_table,
-                [*range(last, -1, -1), *range(last + 1), last],
-                _CURVE,
-                enter_temperature(COOLING, False),
-            ),
         ]
+        if joint > 0:
+            there_and_back = [*range(last, -1, -1), *range(last + 1), last]
+            cool.append(_Leg("curve", temperature_table, there_and_back, _CURVE, enter_temperature(COOLING, False)))
         over = jax.tree.map(lambda x: np.repeat(x[-1:], 2, axis=0), kappa)
         over = eqx.tree_at(lambda r: r.precision, over, over.precision * np.array([_OVERSHOOT, 1.0]))
         heat = [
@@ -362,7 +360,7 @@ class _Run:
             _Leg(
                 "heating",
                 temperature_table,
-                [*[last] * _LAST_VISITS, *range(last, joint - 1, -1), joint],
+                [*[last] * stay, *range(last, joint - 1, -1), joint],
                 _SETTLE,
                 enter_temperature(HEATING, False),
             ),
