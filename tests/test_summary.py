@@ -47,8 +47,11 @@ def record(rungs, lost):
     return Record(**{**plain, **works, **extra, **once, "cost": costs, "reach": costs})
 
 
-def estimate_of(lost, *, reference=-7.0, plan=PLAN, chains=CHAINS, apart=0.0, missed=(), natural=2):
-    """Of passes that are so far apart in all, and of which one chain's image is outside where `missed` says so."""
+def estimate_of(lost, *, reference=-7.0, plan=PLAN, chains=CHAINS, apart=0.0, missed=(), natural=2, guide=None):
+    """Of passes that are so far apart in all, and of which one chain's image is outside where `missed` says so.
+
+    With a `guide`, of a star: all samples have the same but for one of the cooling pass's last that has so much more.
+    """
     tally = Tally(
         ladder(np.array([9.0, 9.0, 3.0, 1.0]), np.array([0.0, 20.0, 20.0, 20.0])),
         Temperatures(ladder(np.ones(3), BETAS), 1, natural), reference, chains, 0.0,
@@ -61,6 +64,10 @@ def estimate_of(lost, *, reference=-7.0, plan=PLAN, chains=CHAINS, apart=0.0, mi
         if which in missed:
             seen.work_down[rungs.index(2), 0] = np.inf
         seen, temperatures = (Record(*(x[:, :chains] for x in part)) for part in (seen, record([0, 1, 2], 0.0)))
+        if guide is not None:
+            costs = np.full_like(temperatures.cost, 0.1)
+            costs[-1, 0] += guide * (which == COOLING)
+            temperatures = temperatures._replace(cost=costs, reach=np.full_like(costs, 0.2))
         tally.add_kappa(which, rungs, seen)
         tally.add_temperature(which, [0, 1, 2], temperatures, weighs=which == COOLING)
     with jax.enable_x64(True):
@@ -87,6 +94,14 @@ def test_chains_that_end_far_below_the_cutoff_are_not_mixed():
     estimate = estimate_of(0.0, plan=dataclasses.replace(PLAN, cutoff=2.0))
     assert estimate.kind == Kind.NOT_MIXED
     assert "standard deviations below the cutoff" in estimate.status
+
+
+def test_a_star_that_one_sample_decides_is_not_mixed():
+    """Its guide is higher by 0.6, where the warmest β is 10: it counts for as much as hundreds of others."""
+    led, even = estimate_of(0.0, guide=0.6), estimate_of(0.0, guide=0.0)
+    assert led.trace.leading > 0.8 and even.trace.leading == pytest.approx(1 / 48)
+    assert led.kind == Kind.NOT_MIXED and "one sample makes" in led.status
+    assert even.kind == Kind.ESTIMATE and "one sample" not in even.status
 
 
 def test_passes_that_agree_on_levels_that_overlap_are_an_estimate():

@@ -268,6 +268,32 @@ def test_a_shortfall_is_how_far_the_costs_end_below_the_cutoff(make_tally, centr
     np.testing.assert_allclose(tally.shortfall(1.0), expected, atol=0.2)
 
 
+@pytest.mark.parametrize(
+    ("apart", "expected"), [(0.0, 1 / 39), (0.2, np.exp(4.0) / (np.exp(4.0) + 38)), (-0.2, 1 / 38)]
+)
+def test_one_sample_leads_where_its_guide_is_far_above_the_others(make_tally, apart, expected):
+    """One temperature, β = 20, 40 samples of which one is outside: weights e^{βC} within."""
+    tally = make_tally()
+    costs = np.full((5, CHAINS), 0.1)
+    reaches = costs + 0.05
+    costs[2, 3], reaches[4, 1] = 0.1 + apart, 9.0
+    visits = Record(**{**record([JOINT] * 5, np.zeros(4), costs)._asdict(), "reach": reaches})
+    enter_kappa(tally, COOLING)
+    tally.add_temperature(COOLING, [JOINT] * 5, visits, weighs=False)
+    found = tally.sums(CUTOFFS, 2.0, chains=EVERYONE, passes=(COOLING,)).leading
+    # What is less likely by 4 nats has the share of one in 38 and a bit.
+    np.testing.assert_allclose(found, expected, rtol=2e-3)
+
+
+def test_where_the_cost_is_all_that_the_region_looks_at_no_sample_leads(make_tally):
+    tally = make_tally()
+    costs = np.full((5, CHAINS), 0.1)
+    visits = Record(**{**record([JOINT] * 5, np.zeros(4), costs)._asdict(), "reach": costs})
+    enter_kappa(tally, COOLING)
+    tally.add_temperature(COOLING, [JOINT] * 5, visits, weighs=False)
+    assert np.isnan(tally.sums(CUTOFFS, 2.0, chains=EVERYONE, passes=(COOLING,)).leading)
+
+
 def test_a_weight_that_is_lost_stays_lost(make_tally):
     """A chain drawn outside may have an infinite cost and an image inside: no work of −∞ brings it back."""
     tally = make_tally()

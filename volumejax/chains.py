@@ -18,6 +18,8 @@ LEAST_OVERLAP = 1e-3
 """Overlap of two neighbouring levels from which on they are bridged; it is 0.3 and more where all is well."""
 MOST_SHORTFALL = 2.0
 """Standard deviations of the cost by which chains may stay below the cutoff at the last temperature."""
+MOST_LEADING = 0.5
+"""Share of the final factor that one sample of a star may have."""
 MOST_STANDSTILL = 0.05
 """Share of their way over which chains may be held in one place unmentioned."""
 RAISE_EFFORT = "raise effort"
@@ -163,6 +165,8 @@ class ChainTrace(eqx.Module):
     shortfall: Float[Numbers, ""]
     """Standard deviations of the cost by which its upper tenth lies below the cutoff at the last temperature, 0 where
     that is within reach of weights; NaN before."""
+    leading: Float[Numbers, ""]
+    """Largest share that a single sample has of the last factor of a star's mass; NaN for other regions and before."""
     work_std: Float[Numbers, "gaps"]
     log_weights: Float[Numbers, "chains"]
     """Annealing weights of the cooling chains, each at most the mass in expectation."""
@@ -222,6 +226,7 @@ class ChainTrace(eqx.Module):
             "separation": float(self.separation),
             "standstill": float(self.standstill),
             "shortfall": float(self.shortfall),
+            "leading": float(self.leading),
             "min_acceptance": self.least_acceptance,
             "min_overlap": self.least_overlap,
             "integrated": float(self.integrated),
@@ -264,6 +269,9 @@ class ChainTrace(eqx.Module):
         if self.shortfall > MOST_SHORTFALL:
             below = f"the chains end {self.shortfall:.1f} standard deviations below the cutoff"
             remarks.append((f"{below}: nothing tells how much lies between", RAISE_EFFORT))
+        if self.leading > MOST_LEADING:
+            most = f"one sample makes {100 * self.leading:.0f} % of what comes after the last temperature"
+            remarks.append((f"{most}: most of the region may not have been seen", RAISE_EFFORT))
         if (share := float(np.min(self.betas) / self.betas[-1])) < 1.0:
             # The temperatures end where the mean cost is the cutoff, the warmest of them unless the chains ran warmer.
             colder = f"β is {share:.2g} of the one at which the mean cost is the cutoff: chains press on the wall"

@@ -6,7 +6,15 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpy.typing import NDArray
 
-from volumejax.chains import LEAST_OVERLAP, MOST_SEPARATION, MOST_SHORTFALL, ChainTrace, Curve, LearningCoefficient
+from volumejax.chains import (
+    LEAST_OVERLAP,
+    MOST_LEADING,
+    MOST_SEPARATION,
+    MOST_SHORTFALL,
+    ChainTrace,
+    Curve,
+    LearningCoefficient,
+)
 from volumejax.diagnostics import certified_lower, effective_sample_size, split_r_hat
 from volumejax.results import BoundKind, Kind, VolumeEstimate
 from volumejax.tally import COOLING, HEATING, Tally
@@ -109,6 +117,7 @@ def summarise(
         # Between levels that do not overlap the ratio is anything between what the two ways say, in both passes.
         and not trace.least_overlap < LEAST_OVERLAP
         and not trace.shortfall > MOST_SHORTFALL
+        and not trace.leading > MOST_LEADING
         and trace.least_acceptance > 0.02
         and not trace.separation > MOST_SEPARATION
         # Chains that are stuck where little mass is agree with each other and not with their own weights.
@@ -208,6 +217,7 @@ def _trace(
         separation=np.asarray(tally.separation()),
         standstill=np.asarray(tally.standstill()),
         shortfall=np.asarray(np.nan if sums is None else tally.shortfall(plan.cutoff)),
+        leading=np.asarray(np.nan if sums is None else sums[0].leading),
         work_std=work_std,
         log_weights=weights,
         betas=tally.temperature.beta,

@@ -39,6 +39,7 @@ class Sums:
         curve: at the cutoffs asked for.
         energies: λ̂(β) = β(E_β C − C0) at the temperatures; for the star C is the largest cost on the segment.
         heat_capacities: β² Var C there.
+        leading: largest share of one sample in the factor of a star's mass that comes from samples; NaN elsewhere.
         kappa_differences: ΔF between the rungs of the κ ladder.
         beta_differences: ΔF between those of the temperature ladder.
     """
@@ -47,6 +48,7 @@ class Sums:
     curve: Vector
     energies: Vector
     heat_capacities: Vector
+    leading: float
     kappa_differences: Vector
     beta_differences: Vector
 
@@ -66,6 +68,13 @@ class _Joined(NamedTuple):
 
     def log_masses(self, betas: Vector, cutoffs: Vector) -> Vector:
         return log_total_mass(self.costs, self.reaches, betas, self.counts, self.log_z, cutoffs)
+
+    def leading(self, betas: Vector, cutoff: float) -> float:
+        """Return the largest share that one sample has of the mass; NaN where samples near the cutoff stand for all."""
+        weights = -log_mixture(self.costs, betas, self.counts, self.log_z)[self.reaches <= cutoff]
+        if np.array_equal(self.costs, self.reaches) or not np.isfinite(weights).any():
+            return np.nan
+        return float(1.0 / np.sum(np.exp(weights - np.max(weights))))
 
 
 class Tally:
@@ -174,6 +183,7 @@ class Tally:
             curve=masses[:-1],
             energies=energies,
             heat_capacities=heat_capacities,
+            leading=joined.leading(np.asarray(self.temperature.beta), cutoff),
             kappa_differences=joined.kappa_differences,
             beta_differences=joined.beta_differences,
         )
