@@ -376,10 +376,10 @@ class Flight:
         reach, guide = _seen_on_segments(record)
         return float(np.std(reach - guide)) if reach.size else 0.0
 
-    def bulging(self) -> float | None:
-        """Return where the cost on the chains' segments bulges while the star's guide hardly sees it; None if nowhere.
+    def bulging(self, places: tuple[float, ...]) -> float | None:
+        """Return where the cost on the chains' segments bulges far above what it is at these places; None if nowhere.
 
-        That is a fraction of the way from the anchor.
+        Places are fractions of the way from the anchor.
         """
         ensemble = self.ensemble
         if not ensemble.checks:
@@ -391,7 +391,7 @@ class Flight:
             return None
         fractions = np.arange(1, len(costs) + 1) / len(costs)
         top = inner[np.argmax(costs[inner])]
-        unseen = costs[top] > _UNSEEN * max(np.interp(ensemble.bulges, fractions, costs))
+        unseen = costs[top] > _UNSEEN * max(np.interp(places, fractions, costs))
         return float(fractions[top]) if unseen else None
 
     def settle_gait(

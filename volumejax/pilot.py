@@ -1,6 +1,7 @@
 """The pilot: a coarse run down to the prior and back, thrown away once it has set the ladder, β and the step sizes."""
 
 import dataclasses
+import statistics
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -64,7 +65,7 @@ _FAR = 32.0
 _UNBOUNDED, _WINDOW = 1.25, 20
 """A region without an end lets |δ|² grow by this factor in so many visits, time after time."""
 _AGAIN = 2_000_000
-"""Folded into the key where the chains go down a second time."""
+"""Folded into the key where the chains go down a second time, and twice that for a third."""
 
 
 class Pilot(NamedTuple):
@@ -95,7 +96,8 @@ def fly(
     """Run the pilot: down to the prior's own stiffness, there until β and the metric have settled, and back up.
 
     Of `chains`, or where these are few of several groups of as many, so that the run itself takes the same program.
-    A star's chains go down again if their segments bulge where the guide does not look.
+    A star's chains go down again if their segments bulge where the guide does not look: with a guide that looks between
+    the two places, and if that will not do with one that looks at both.
 
     Raises:
         ValueError: an improper prior over an unbounded region.
@@ -112,16 +114,27 @@ def fly(
         flight.gradients = spent
         return flight, _descend(flight, beta_factor, _DOWN * budget, progress)
 
+    def settle(flight: Flight, scouts: list[Stop]) -> tuple[float, float, Stop]:
+        return _settle_beta(flight, scouts[-1], beta_factor, (_DOWN + _THERE) * budget)
+
     flight, scouts = descend(ensemble, key, 0)
-    bulge = flight.bulging()
-    if bulge is not None:
-        guides, ensemble = len(ensemble.guides), dataclasses.replace(ensemble, bulges=(*ensemble.bulges, bulge))
-        # A gradient of the guide costs more from now on.
-        dearer = len(ensemble.guides) / guides
-        spent = round(flight.gradients / dearer)
-        budget = budget / dearer + spent
-        flight, scouts = descend(ensemble, jax.random.fold_in(key, _AGAIN), spent)
-    beta, natural, settled = _settle_beta(flight, scouts[-1], beta_factor, (_DOWN + _THERE) * budget)
+    bulge = flight.bulging(ensemble.bulges)
+    if bulge is None:
+        beta, natural, settled = settle(flight, scouts)
+    else:
+        # A place between the two often does for both.
+        places = (*ensemble.bulges, bulge)
+        ensemble = dataclasses.replace(ensemble, bulges=(statistics.harmonic_mean(places),))
+        flight, scouts = descend(ensemble, jax.random.fold_in(key, _AGAIN), flight.gradients)
+        beta, natural, settled = settle(flight, scouts)
+        if flight.bulging(ensemble.guides) is not None:
+            # A gradient of the guide costs more from now on.
+            dearer = (1 + len(places)) / len(ensemble.guides)
+            ensemble = dataclasses.replace(ensemble, bulges=places)
+            spent = round(flight.gradients / dearer)
+            budget = budget / dearer + spent
+            flight, scouts = descend(ensemble, jax.random.fold_in(key, 2 * _AGAIN), spent)
+            beta, natural, settled = settle(flight, scouts)
     if ensemble.frame.stiffness == 0.0:
         _require_bounded(flight, settled, beta)
     ends, flight.last = flight.positions, flight.confined(beta, settled.record)
