@@ -1,7 +1,8 @@
 """Where the pilot leaves its chains: the heating pass begins with them.
 
 Mutations these catch: ends that go back up with the chains, a star's guide that does not look where its segments bulge,
-one that looks again where they bulge nowhere else, a place between that is kept though it sees nothing, a lag of chains that do not, one not counted for a unit of x.
+one that looks again where they bulge nowhere else, a place between that is kept though it sees nothing, a lag of chains
+that do not, one not counted for a unit of x.
 """
 
 import jax
