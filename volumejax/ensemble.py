@@ -4,7 +4,7 @@ r"""The tethered, tempered ensemble around the anchor, in whitened coordinates.
           \quad\text{inside the region and the prior's support}
 
 The guide E is the cost C(θ0 + s·δ) itself. For the star it is the mean of C at δ and at 0.7·δ, or where else a pilot
-finds that segments bulge: the segment to the anchor bulges out of a curved valley, and chains that feel only their own
+finds that chains need it: the segment to the anchor bulges out of a curved valley, and chains that feel only their own
 cost end their trajectories behind its wall.
 a is the prior's stiffness plus the tether κ. Where the cost has a shear, δ are its coordinates, in which the prior is
 off its own form by a toll that comes to U.
@@ -128,7 +128,7 @@ class Ensemble(eqx.Module):
         return tree.size(self.frame.anchor)
 
     def value(self, displacement: PyTree) -> Float[Array, ""]:
-        """Return the guide E as float64: C(θ0 + s·δ), or for the star its mean with C where segments bulge most."""
+        """Return the guide E as float64: C(θ0 + s·δ), or for the star its mean with C at `bulges`."""
         return self._guide(displacement)[0]
 
     def position(self, displacement: PyTree) -> Position:

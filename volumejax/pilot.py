@@ -119,22 +119,20 @@ def fly(
 
     flight, scouts = descend(ensemble, key, 0)
     bulge = flight.bulging(ensemble.bulges)
-    if bulge is None:
-        beta, natural, settled = settle(flight, scouts)
-    else:
+    places = ensemble.bulges if bulge is None else (*ensemble.bulges, bulge)
+    if bulge is not None:
         # A place between the two often does for both.
-        places = (*ensemble.bulges, bulge)
         ensemble = dataclasses.replace(ensemble, bulges=(statistics.harmonic_mean(places),))
         flight, scouts = descend(ensemble, jax.random.fold_in(key, _AGAIN), flight.gradients)
+    beta, natural, settled = settle(flight, scouts)
+    if bulge is not None and flight.bulging(ensemble.guides) is not None:
+        # A gradient of the guide costs more from now on.
+        dearer = (1 + len(places)) / len(ensemble.guides)
+        ensemble = dataclasses.replace(ensemble, bulges=places)
+        spent = round(flight.gradients / dearer)
+        budget = budget / dearer + spent
+        flight, scouts = descend(ensemble, jax.random.fold_in(key, 2 * _AGAIN), spent)
         beta, natural, settled = settle(flight, scouts)
-        if flight.bulging(ensemble.guides) is not None:
-            # A gradient of the guide costs more from now on.
-            dearer = (1 + len(places)) / len(ensemble.guides)
-            ensemble = dataclasses.replace(ensemble, bulges=places)
-            spent = round(flight.gradients / dearer)
-            budget = budget / dearer + spent
-            flight, scouts = descend(ensemble, jax.random.fold_in(key, 2 * _AGAIN), spent)
-            beta, natural, settled = settle(flight, scouts)
     if ensemble.frame.stiffness == 0.0:
         _require_bounded(flight, settled, beta)
     ends, flight.last = flight.positions, flight.confined(beta, settled.record)

@@ -71,8 +71,10 @@ class _Joined(NamedTuple):
 
     def leading(self, betas: Vector, cutoff: float) -> float:
         """Return the largest share that one sample has of the mass; NaN where samples near the cutoff stand for all."""
+        if np.array_equal(self.costs, self.reaches):
+            return np.nan
         weights = -log_mixture(self.costs, betas, self.counts, self.log_z)[self.reaches <= cutoff]
-        if np.array_equal(self.costs, self.reaches) or not np.isfinite(weights).any():
+        if not np.isfinite(weights).any():
             return np.nan
         return float(1.0 / np.sum(np.exp(weights - np.max(weights))))
 
