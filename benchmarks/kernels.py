@@ -28,7 +28,7 @@ from volumejax.frames import frame_of
 from volumejax.kernels import hmc
 from volumejax.ladder import trajectory_length
 from volumejax.metric import UNKNOWN, Metric, plain_metric
-from volumejax.parallel import local_mesh, use_every_core
+from volumejax.parallel import Launcher, local_mesh, use_every_core
 from volumejax.pilot import Pilot, fly
 from volumejax.shear import find_shear
 from volumejax.tasks.digits import digits_task
@@ -54,7 +54,7 @@ def main() -> None:
     ensemble = ensemble_of(task.cost, frame_of(vj.Gaussian(sigma), task.params), cutoff=1e-2, shear=shear)
     pilot = fly(
         ensemble, jax.random.key(0), chains=CHAINS, budget=15_600.0, anchor_cost=0.0, beta_factor=1.0,
-        batch_size=None, mesh=local_mesh(CHAINS), on_progress=lambda _: None,
+        batch_size=None, launchers=[Launcher(local_mesh(CHAINS))], on_progress=lambda _: None,
     )  # fmt: skip
     survey = pilot.survey
     length = float(trajectory_length(survey.confined[-1:], survey.confined[-1], UNKNOWN)[0])

@@ -21,7 +21,7 @@ import optax
 import volumejax as vj
 from volumejax import reference, tree
 from volumejax.models.mlp import mlp_apply, mlp_params
-from volumejax.parallel import local_mesh, use_every_core
+from volumejax.parallel import local_mesh_for_both, use_every_core
 from volumejax.tasks.digits import digits_task
 from volumejax.tether import default_num_chains
 
@@ -207,7 +207,7 @@ def main() -> None:
                 made = vj.tether_volume(
                     jax.random.key(arguments.seed), job.cost, job.params, job.prior,
                     cutoff=job.cutoff, region=job.region, effort=effort, escort=escort, num_chains=chains,
-                    beta_factor=arguments.beta_factor, decades=arguments.decades, mesh=local_mesh(chains),
+                    beta_factor=arguments.beta_factor, decades=arguments.decades, mesh=local_mesh_for_both(chains),
                 )  # fmt: skip
                 off = "" if job.truth is None else f"{float(made.log_mass) - job.truth:+.2f}"
                 cells = (

@@ -226,6 +226,7 @@ def make_trace():
             "standstill": np.array(0.01),
             "shortfall": np.array(0.2),
             "leading": np.array(0.1),
+            "blocked": np.array(0.0),
             "log_weights": np.zeros(6),
             **dict.fromkeys(("betas", "energies", "energy_errors", "heat_capacities"), np.ones(3)),
             "integrated": np.array(-3.5),

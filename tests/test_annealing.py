@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from volumejax.annealing import MOST_VISITS, TABLE, Record, begin, pad, slopes, travel
+from volumejax.annealing import MOST_VISITS, TABLE, Record, begin, pad, set_out, slopes
 from volumejax.ensemble import FIELDS, Ensemble, Rung
 from volumejax.frames import frame_of
 from volumejax.metric import plain_metric
@@ -51,7 +51,8 @@ def journey():
     start = begin(ensemble, jax.random.key(1), precision, jnp.arange(CHAINS, dtype=jnp.int32), None)
 
     def send(route, *, positions=start, first=0, batch_size=None, seed=2):
-        return travel(ensemble, metric, jax.random.key(seed), positions, table, route, first, batch_size)
+        sent = set_out(ensemble, metric, jax.random.key(seed), positions, table, route, first, batch_size)
+        return sent.ends, sent.record()
 
     return ensemble, start, send
 
@@ -168,9 +169,10 @@ def sliding(slide, freely=0.0, *, cost=lambda p: 0.0 * jnp.sum(p["w"])):
     with jax.enable_x64(True):
         precision = jnp.float64(rungs.precision[2])
     start = begin(ensemble, jax.random.key(4), precision, jnp.arange(40, dtype=jnp.int32), None)
-    return start, *travel(
+    sent = set_out(
         ensemble, plain_metric(PARAMS, turns=True), jax.random.key(0), start, pad(rungs), [2, 3, 2, 2], 0, None
     )
+    return start, sent.ends, sent.record()
 
 
 @pytest.mark.usefixtures("few_slide")

@@ -23,7 +23,7 @@ LAYERS = [
     ["casting", "tuning", "ensemble"],
     ["kernels", "ladder", "response"],
     ["annealing", "particles"],
-    ["flight", "release", "tally", "descent"],
+    ["flight", "passes", "release", "tally", "descent"],
     ["pilot"],
     ["summary"],
     ["rays", "tether", "temper", "laplace", "learning"],

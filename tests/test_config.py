@@ -49,10 +49,10 @@ MISTAKES = {
     "zero effort": ("effort: 0.5", "effort: 0", "tethers[0].effort: expected a number greater than 0, got 0"),
     "huge effort": ("effort: 0.5", "effort: 1e9", "tethers[0].effort: expected a number at most 1000"),
     "quoted effort": ("effort: 0.5", "effort: '0.5'", "tethers[0].effort: is the string '0.5', not a number"),
-    "two chains": (
+    "no chains": (
         "effort: 0.5",
-        "num_chains: 1",
-        "tethers[0].num_chains: expected a number at least 2, got 1",
+        "num_chains: 0",
+        "tethers[0].num_chains: expected a number at least 1, got 0",
     ),
     "curve above the cutoff": (
         "effort: 0.5",
@@ -219,6 +219,8 @@ def test_quick_shortens_chains_and_nothing_else():
     assert short.model_copy(update={"effort": 0.5, "num_chains": 8}) == config.tethers[0]
     (shorter,) = quick(parse_config(GOOD.replace("effort: 0.5", "effort: 0.001"))).tethers
     assert shorter.effort == 0.001 and shorter.num_chains is None
+    (single,) = quick(parse_config(GOOD.replace("effort: 0.5", "effort: 0.5, num_chains: 1"))).tethers
+    assert single.num_chains == 1
 
 
 def test_quick_only_takes_rays_away():

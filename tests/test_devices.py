@@ -130,6 +130,30 @@ class TestEightDevices:
         compiled = [record.getMessage().split() for record in caplog.records]
         assert sum(words[:2] == ["Compiling", "jit(_travel)"] for words in compiled) == 1
 
+    @pytest.mark.parametrize(("devices", "chains"), [(2, 1), (8, 3)])
+    def test_passes_side_by_side_say_the_same(self, caplog, devices, chains):
+        """Each on half of the devices, with a program of its own; three chains do not fill four devices."""
+
+        def measure_chains(chains, mesh=None):
+            return vj.tether_volume(
+                jax.random.key(3), cost, PARAMS, vj.Gaussian(1.0),
+                cutoff=0.02, num_chains=chains, effort=0.02, decades=0.0, mesh=mesh,
+            )  # fmt: skip
+
+        # A context would not reach the threads that launch them.
+        jax.config.update("jax_log_compiles", True)
+        try:
+            many = measure_chains(chains, Mesh(np.array(jax.devices()[:devices]), ("rays",)))
+        finally:
+            jax.config.update("jax_log_compiles", False)
+        compiled = [record.getMessage() for record in caplog.records]
+        assert sum(text.startswith("Finished XLA compilation of jit(_travel)") for text in compiled) == 2
+        filled = -(-chains // (devices // 2)) * (devices // 2)
+        assert many.trace.num_chains == filled
+        one = measure_chains(filled)
+        assert many.kind == vj.Kind.ESTIMATE
+        assert abs(many.log_mass - one.log_mass) <= 4.0 * np.hypot(many.std_error, one.std_error)
+
     def test_islands_are_spread_and_say_the_same(self):
         def measure_islands(mesh=None):
             return vj.temper_volume(

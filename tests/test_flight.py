@@ -14,6 +14,7 @@ from volumejax.annealing import Record
 from volumejax.ensemble import FIELDS, ensemble_of
 from volumejax.flight import Flight, Gait, stretchings
 from volumejax.frames import frame_of
+from volumejax.parallel import Launcher
 from volumejax.priors import Gaussian
 
 D, CHAINS = 1200, 16
@@ -23,7 +24,7 @@ PARAMS = jnp.full(D, 3.0)
 def free_flight(groups=1):
     """A flight of all chains, at a prior three widths away."""
     ensemble = ensemble_of(lambda p: 0.0 * jnp.sum(p), frame_of(Gaussian(1.0), PARAMS), cutoff=1.0)
-    flight = Flight(ensemble, jax.random.key(0), CHAINS // groups, 0.0, None, None, groups=groups)
+    flight = Flight(ensemble, jax.random.key(0), CHAINS // groups, 0.0, None, [Launcher(None)], groups=groups)
     flight.reference_precision(1.0)
     return flight
 

@@ -7,6 +7,7 @@ import pytest
 
 import volumejax as vj
 from volumejax import reference
+from volumejax.functions import jit_ahead
 
 PARAMS = jnp.arange(6.0).reshape(3, 2)
 INPUTS = jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)
@@ -55,3 +56,36 @@ def test_each_equals_itself_alone(name):
     function = FUNCTIONS[name]
     again = jax.tree.map(lambda x: x, function)
     assert function in {function} and again not in {function}
+
+
+class TestJitAhead:
+    """Mutations: the call waits, numbers or functions are traced, another function's program is taken."""
+
+    def test_a_call_returns_before_its_work_is_done(self):
+        @jit_ahead
+        def turn(x, by, count):
+            return jax.lax.fori_loop(0, count, lambda _, y: by @ y, x)
+
+        # What hardly needs a multiplication a CPU does at once.
+        vector, by = jnp.arange(256.0), jnp.roll(jnp.eye(256), 1, axis=0)
+        jax.block_until_ready(turn(vector, by, jnp.int32(1)))
+        ahead = turn(vector, by, jnp.int32(256 * 200 + 3))
+        assert not ahead.is_ready()
+        np.testing.assert_array_equal(ahead, np.roll(np.arange(256.0), 3))
+
+    def test_arrays_are_traced_and_all_else_is_static(self):
+        traces = []
+
+        @jit_ahead
+        def weigh(function, scale, inputs, power):
+            traces.append(power)
+            assert isinstance(power, int) and isinstance(inputs, jax.core.Tracer)
+            return {"sum": scale * jnp.sum(function(inputs) ** power)}
+
+        for inputs in (np.ones(3, np.float32), jnp.full(3, 2.0, jnp.float32)):
+            for function, factor in ((jnp.negative, -1.0), (jnp.positive, 1.0)):
+                found = weigh(function, jnp.float32(2.0), inputs, 3)
+                np.testing.assert_allclose(found["sum"], 2.0 * factor * np.sum(np.asarray(inputs) ** 3))
+        assert len(traces) == 2
+        weigh(jnp.negative, jnp.float32(1.0), jnp.ones(3), 2)
+        assert traces[-1] == 2 and weigh.__name__ == "weigh"

@@ -7,6 +7,7 @@ chunk; cores counted that belong to other jobs, devices asked for when JAX has b
 import os
 import subprocess
 import sys
+import threading
 
 import hypothesis
 import jax
@@ -14,13 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from jax.sharding import Mesh
 
 from volumejax import tree
 from volumejax.parallel import (
     ABSENT,
+    Launcher,
     cut,
     default_batch_size,
+    launchers,
     local_mesh,
+    local_mesh_for_both,
     num_cores,
     num_devices,
     require_threefry,
@@ -131,6 +136,53 @@ def test_a_local_mesh_takes_devices_that_divide_the_lanes(monkeypatch, lanes, co
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices() * 8)
     mesh = local_mesh(lanes)
     assert num_devices(mesh) == count and (mesh is None) == (count == 1)
+
+
+@pytest.mark.parametrize(("lanes", "count"), [(1, 2), (2, 4), (3, 6), (4, 8), (5, 5), (8, 8), (9, 3)])
+def test_a_local_mesh_has_room_for_both_where_devices_do(monkeypatch, lanes, count):
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices() * 8)
+    assert num_devices(local_mesh_for_both(lanes)) == count
+
+
+class TestLauncher:
+    """Mutations: the precision of the caller's context lost in the thread, one thread for all."""
+
+    @pytest.mark.parametrize("own_thread", [True, False])
+    def test_a_launch_knows_the_callers_precision(self, own_thread):
+        def seen():
+            return jnp.ones(1).dtype, jax.config.jax_default_matmul_precision, threading.get_ident()
+
+        with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+            launcher = Launcher(None, own_thread=own_thread)
+            dtype, precision, thread = launcher.launch(seen).result()
+        assert dtype == np.float64 and precision == "highest"
+        assert (thread != threading.get_ident()) == own_thread
+        assert launcher.launch(lambda x, y: x + y, 1, 2).result() == 3
+        plain = Launcher(None, own_thread=own_thread).launch(seen).result()
+        assert plain[:2] == (np.float32, None)
+
+    def test_each_has_its_own_thread(self):
+        one, two = (Launcher(None, own_thread=True) for _ in range(2))
+        threads = [launcher.launch(threading.get_ident).result() for launcher in (one, two, one)]
+        assert threads[0] == threads[2] != threads[1]
+
+    @pytest.mark.parametrize("own_thread", [True, False])
+    def test_errors_reach_whoever_waits(self, own_thread):
+        def fail():
+            raise ValueError("no such rung")
+
+        with pytest.raises(ValueError, match="no such rung"):
+            Launcher(None, own_thread=own_thread).launch(fail).result()
+
+    @pytest.mark.parametrize(("lanes", "sizes"), [(1, [3, 3]), (3, [3, 3]), (4, [7]), (7, [7])])
+    def test_a_mesh_is_halved_where_there_is_room(self, lanes, sizes):
+        devices = np.array(jax.devices() * 7)
+        meshes = [launcher.mesh for launcher in launchers(Mesh(devices.reshape(1, 7), ("model", "rays")), lanes)]
+        assert [mesh.shape for mesh in meshes] == [{"model": 1, "rays": size} for size in sizes]
+
+    def test_without_a_mesh_there_is_one(self):
+        (alone,) = launchers(None, 1)
+        assert alone.mesh is None
 
 
 def test_a_mesh_needs_an_axis_of_rays():

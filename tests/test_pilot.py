@@ -12,6 +12,7 @@ import pytest
 
 from volumejax.ensemble import ensemble_of
 from volumejax.frames import frame_of
+from volumejax.parallel import Launcher
 from volumejax.pilot import fly
 from volumejax.priors import Gaussian
 from volumejax.regions import Connected, Star
@@ -23,7 +24,7 @@ def fly_from_zero(cost, cutoff, region, chains=4, dimension=D):
     ensemble = ensemble_of(cost, frame_of(Gaussian(1.0), jnp.zeros(dimension)), cutoff=cutoff, region=region)
     return fly(
         ensemble, jax.random.key(0), chains=chains, budget=2_000.0, anchor_cost=0.0, beta_factor=1.0, batch_size=None,
-        mesh=None, on_progress=lambda share: None,
+        launchers=[Launcher(None)], on_progress=lambda share: None,
     )  # fmt: skip
 
 

@@ -47,7 +47,9 @@ def record(rungs, lost):
     return Record(**{**plain, **works, **extra, **once, "cost": costs, "reach": costs})
 
 
-def estimate_of(lost, *, reference=-7.0, plan=PLAN, chains=CHAINS, apart=0.0, missed=(), natural=2, guide=None):
+def estimate_of(
+    lost, *, reference=-7.0, plan=PLAN, chains=CHAINS, apart=0.0, missed=(), natural=2, guide=None, acceptance=1.0
+):
     """Of passes that are so far apart in all, and of which one chain's image is outside where `missed` says so.
 
     With a `guide`, of a star: all samples have the same but for one of the cooling pass's last that has so much more.
@@ -68,6 +70,7 @@ def estimate_of(lost, *, reference=-7.0, plan=PLAN, chains=CHAINS, apart=0.0, mi
             costs = np.full_like(temperatures.cost, 0.1)
             costs[-1, 0] += guide * (which == COOLING)
             temperatures = temperatures._replace(cost=costs, reach=np.full_like(costs, 0.2))
+        temperatures.acceptance[:] = acceptance
         tally.add_kappa(which, rungs, seen)
         tally.add_temperature(which, [0, 1, 2], temperatures, weighs=which == COOLING)
     with jax.enable_x64(True):
@@ -104,9 +107,26 @@ def test_a_star_that_one_sample_decides_is_not_mixed():
     assert even.kind == Kind.ESTIMATE and "one sample" not in even.status
 
 
+def test_chains_that_stand_still_behind_the_wall_are_not_mixed():
+    """They agree with each other about what they never saw."""
+    moving, still = (estimate_of(0.0, natural=1, acceptance=share) for share in (1.0, 0.0))
+    assert moving.kind == Kind.ESTIMATE and moving.trace.blocked == 0.0
+    assert still.kind == Kind.NOT_MIXED and still.trace.blocked == 1.0 and "behind the wall" in still.status
+    assert np.isnan(estimate_of(0.0, acceptance=0.0).trace.blocked)
+
+
 def test_passes_that_agree_on_levels_that_overlap_are_an_estimate():
     estimate = estimate_of(0.0)
     assert estimate.kind == Kind.ESTIMATE and "overlap" not in estimate.status
+
+
+def test_single_chains_have_an_error_too():
+    """From halves of the temperatures and stretches of the ladder; what sets the passes apart counts as lag."""
+    estimate, lagging = (estimate_of(0.0, chains=1, apart=apart) for apart in (0.0, 3.0))
+    assert estimate.kind == Kind.ESTIMATE and 0.01 < estimate.std_error < 1.0
+    assert np.isfinite(estimate.curve.std_error[-1]) and np.isfinite(estimate.learning_coefficient.std_error)
+    assert lagging.std_error > estimate.std_error
+    assert estimate_of(0.0, chains=1, missed=(COOLING, HEATING)).kind != Kind.ESTIMATE
 
 
 def test_energies_beyond_the_natural_temperature_are_not_reported():

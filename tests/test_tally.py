@@ -237,6 +237,86 @@ def test_chains_in_separate_parts_are_told_from_chains_that_mix(make_tally):
     assert np.isnan(make_tally().separation())
 
 
+def test_single_chains_are_compared_with_that_of_the_other_pass():
+    rng = np.random.default_rng(4)
+    for apart, low, high in ((1.0, 0.9, 1.6), (30.0, 5.0, 100.0)):
+        tally = Tally(
+            ladder(np.full(41, 3.0), np.full(41, 20.0)),
+            Temperatures(ladder(np.ones(5), BETAS), JOINT, 4), REFERENCE, 1, ANCHOR_COST,
+        )  # fmt: skip
+        for which, factor in ((COOLING, 1.0), (HEATING, apart)):
+            assert np.isnan(tally.separation())
+            for rung in range(1, 41):
+                tally.squares[which][rung] = factor * np.exp(0.3 * rng.normal(size=(1, 1)) - 0.2 * rung)
+        assert low < tally.separation() < high
+
+
+def test_a_pass_lost_at_one_gap_is_compared_at_the_others(whole):
+    """With the step that both passes say. Mutations: the steps of the whole everywhere, any number of gaps mended."""
+    tally, _ = whole
+    both = tally.sums(CUTOFFS, 0.3, chains=EVERYONE)
+    cooling = tally.log_mass(0.3, chains=EVERYONE, passes=(COOLING,), near=both)
+    tally.kappa_seen["work_down"][COOLING, 1] = np.inf
+    both = tally.sums(CUTOFFS, 0.3, chains=EVERYONE)
+    assert np.isfinite(both.log_mass)
+    mended = tally.log_mass(0.3, chains=EVERYONE, passes=(COOLING,), near=both)
+    # Half of the works down were lost, which the other pass knows of.
+    assert mended == pytest.approx(cooling - (both.kappa_differences[1] - KAPPA_STEPS[1]), abs=1e-9)
+    assert not np.isfinite(tally.log_mass(0.3, chains=EVERYONE, passes=(COOLING,)))
+    tally.kappa_seen["work_down"][COOLING, 2] = np.inf
+    both = tally.sums(CUTOFFS, 0.3, chains=EVERYONE)
+    assert not np.isfinite(tally.log_mass(0.3, chains=EVERYONE, passes=(COOLING,), near=both))
+
+
+def test_halves_are_cut_in_time_at_each_temperature(make_tally):
+    """The cooling pass goes before the heating pass, whichever was entered first; the ladder belongs to both halves.
+
+    Mutations: the middle visit in both halves, records in the order of their entry, the ladder cut as well.
+    """
+    tally = make_tally()
+    for which in (COOLING, HEATING):
+        enter_kappa(tally, which)
+    heating = enter_temperature(tally, HEATING, [2, 3, 4], 1)
+    cooling = enter_temperature(tally, COOLING, [2, 3, 4, 4], 2)
+    first, second = (tally.sums(CUTOFFS, 0.3, chains=EVERYONE, half=half) for half in (0, 1))
+    whole = tally.sums(CUTOFFS, 0.3, chains=EVERYONE)
+    for half in (first, second):
+        assert np.array_equal(half.kappa_differences, whole.kappa_differences)
+    # Of three visits to the last rung the first half has two.
+    log_z = REFERENCE - KAPPA_STEPS.sum() - np.concatenate([[0.0], np.cumsum(BETA_STEPS[JOINT:])])
+    for half, costs in ((first, [cooling]), (second, [heating])):
+        together = np.concatenate([x.ravel() for x in costs])
+        counts = np.array([CHAINS, CHAINS, together.size - 2 * CHAINS])
+        density = np.sum(counts * np.exp(-BETAS[JOINT:] * together[:, None] - log_z), axis=1)
+        expected = np.log(np.sum((together + 0.05 <= 2.0) / density))
+        np.testing.assert_allclose(half.curve[-1], expected, rtol=1e-9)
+
+
+def test_the_error_of_single_chains_is_that_of_stretches_and_not_of_an_even_lag():
+    """Mutations: the lag of all stretches counted as scatter, nothing left once a chain's own mean is taken out."""
+    levels, rng = 2_401, np.random.default_rng(0)
+
+    def tally_of(noise, lag):
+        tally = Tally(
+            ladder(np.full(levels, 3.0), np.full(levels, 20.0)),
+            Temperatures(ladder(np.ones(5), BETAS), JOINT, 4), REFERENCE, 1, ANCHOR_COST,
+        )  # fmt: skip
+        for which, sign in ((COOLING, 1.0), (HEATING, -1.0)):
+            # What one rung says on the way down the next one says on the way up.
+            work = noise * rng.normal(size=levels) + sign * lag
+            tally.kappa_seen["work_down"][which, :, 0] = work
+            tally.kappa_seen["work_up"][which, :, 0] = -noise * rng.normal(size=levels) - sign * lag
+        return tally
+
+    errors = [tally.ladder_error(np.zeros(levels - 1)) for tally in [tally_of(0.1, 0.0) for _ in range(20)]]
+    # Four works at each of 2,400 gaps, whose mean is half of them down and half up.
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(0.1 * np.sqrt(2400 / 4), rel=0.15)
+    # The passes are 96 nats apart, and the stretches differ by a gap.
+    lagging = tally_of(0.0, 0.02)
+    for error in (lagging.ladder_error, lagging.ladder_noise):
+        assert error(np.zeros(levels - 1)) < 0.05
+
+
 def test_a_standstill_is_the_longest_unbroken_stretch(make_tally):
     """Mutations: stretches added up over breaks or passes, the worst chain for the mean, the reference counted."""
     for refused, share in (
@@ -256,6 +336,18 @@ def test_a_standstill_is_the_longest_unbroken_stretch(make_tally):
         for place in refused:
             tally.kappa_seen["acceptance"][place] = 0.0
         np.testing.assert_allclose(tally.standstill(), share / CHAINS)
+
+
+def test_blocked_are_visits_beyond_the_natural_temperature_that_refused_all(make_tally):
+    """Mutations: the natural temperature's own visits counted, the mean acceptance of all chains for each one's."""
+    tally = make_tally()
+    assert np.isnan(tally.blocked())
+    tally.natural = 2
+    enter_temperature(tally, COOLING, [2, 3, 4], 0)
+    assert tally.blocked() == 0.0
+    for _, rung, seen in tally.temperature_seen:
+        seen["acceptance"][: rung + 1] = 0.01
+    assert tally.blocked() == (4 + 5) / (2 * CHAINS)
 
 
 @pytest.mark.parametrize(("centre", "expected"), [(1.0, 0.0), (0.9, 0.0), (0.7, 3.8), (0.2, 12.5)])

@@ -264,7 +264,7 @@ def test_misuse_is_one_line_before_any_work():
         "is the cutoff itself": ((cost, jnp.array([1.0, 0.0, 0.0]), prior), {"cutoff": 0.5}),
         "effort must be": ((cost, anchor, prior), {"cutoff": 0.1, "effort": 0.0}),
         "escort must lie": ((cost, anchor, prior), {"cutoff": 0.1, "escort": 2.0}),
-        "num_chains must be": ((cost, anchor, prior), {"cutoff": 0.1, "num_chains": 1}),
+        "num_chains must be": ((cost, anchor, prior), {"cutoff": 0.1, "num_chains": 0}),
         "not deterministic": ((lambda w: cost(w) * (1.0 + 1e-3 * noise.normal()), anchor, prior), {"cutoff": 0.1}),
         "scalar": ((lambda w: w, anchor, prior), {"cutoff": 0.1}),
     }

@@ -14,12 +14,13 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from volumejax import tree
 from volumejax.ensemble import FIELDS, PACES, SHORT, Ensemble, Position, Rung, trajectories
+from volumejax.functions import jit_ahead
 from volumejax.kernels import hmc
 from volumejax.metric import Metric
 from volumejax.parallel import spread
 from volumejax.results import to_host
 
-__all__ = ["MOST_VISITS", "Record", "begin", "laid_out_like", "pad", "slopes", "travel"]
+__all__ = ["MOST_VISITS", "Journey", "Record", "begin", "laid_out_like", "pad", "set_out", "slopes"]
 
 Table = TypeVar("Table")
 
@@ -83,7 +84,7 @@ def begin(
     return jax.vmap(one)(spread(chains, mesh))
 
 
-@eqx.filter_jit
+@jit_ahead
 def _travel(
     ensemble: Ensemble,
     metric: Metric,
@@ -228,7 +229,7 @@ def _visit_one(
     return seen, onward
 
 
-@eqx.filter_jit
+@jit_ahead
 def slopes(
     ensemble: Ensemble, positions: Position, batch_size: int | None, share_of_toll: Any = 0.0
 ) -> list[Float[Array, "chains ..."]]:
@@ -258,7 +259,27 @@ def pad(table: Table) -> Table:
         return jax.device_put(padded)
 
 
-def travel(
+class Journey(NamedTuple):
+    """Chains on their way along a route; the numbers may still be on theirs."""
+
+    ends: Position
+    """Where they will stand."""
+    log: dict[str, Array]
+    count: int
+    """Rungs visited."""
+
+    @property
+    def arrived(self) -> bool:
+        """Whether nobody would have to wait for the record."""
+        return all(x.is_ready() for x in self.log.values())  # pyright: ignore[reportAttributeAccessIssue]
+
+    def record(self) -> Record:
+        """Wait for what was seen."""
+        host = to_host(self.log)
+        return Record(**{name: host[name][: self.count] for name in Record._fields})
+
+
+def set_out(
     ensemble: Ensemble,
     metric: Metric,
     key: Key[Array, ""],
@@ -268,14 +289,14 @@ def travel(
     first: int,
     batch_size: int | None,
     chains: np.ndarray | None = None,
-) -> tuple[Position, Record]:
-    """Visit the rungs `route[:-1]`, at most `MOST_VISITS`, and step on to `route[-1]`.
+) -> Journey:
+    """Visit the rungs `route[:-1]`, at most `MOST_VISITS`, and step on to `route[-1]`, without waiting for it.
 
     Args:
         ensemble: the target.
         metric: of the moves.
         key: visit k of chain i uses `fold_in(fold_in(key, first + k), i)`, so that results do not depend on the cut.
-        positions: of all chains, leading axis.
+        positions: of all chains, leading axis; on their devices the program runs.
         table: from `pad`.
         route: rungs, each a neighbour of the one before or the same.
         first: number of visits before.
@@ -290,5 +311,4 @@ def travel(
     ends, log = _travel(
         ensemble, metric, key, positions, table, padded, jnp.int32(first), jnp.int32(count), batch_size, indices
     )
-    host = to_host(log)
-    return laid_out_like(ends, positions), Record(**{name: host[name][:count] for name in Record._fields})
+    return Journey(laid_out_like(ends, positions), log, count)

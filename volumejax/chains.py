@@ -20,6 +20,8 @@ MOST_SHORTFALL = 2.0
 """Standard deviations of the cost by which chains may stay below the cutoff at the last temperature."""
 MOST_LEADING = 0.5
 """Share of the final factor that one sample of a star may have."""
+MOST_BLOCKED = 0.2
+"""Share of the visits beyond the natural temperature at which chains may stand still."""
 MOST_STANDSTILL = 0.05
 """Share of their way over which chains may be held in one place unmentioned."""
 RAISE_EFFORT = "raise effort"
@@ -167,6 +169,8 @@ class ChainTrace(eqx.Module):
     that is within reach of weights; NaN before."""
     leading: Float[Numbers, ""]
     """Largest share that a single sample has of the last factor of a star's mass; NaN for other regions and before."""
+    blocked: Float[Numbers, ""]
+    """Share of the visits beyond the natural temperature whose long trajectories were all refused; NaN without any."""
     work_std: Float[Numbers, "gaps"]
     log_weights: Float[Numbers, "chains"]
     """Annealing weights of the cooling chains, each at most the mass in expectation."""
@@ -227,6 +231,7 @@ class ChainTrace(eqx.Module):
             "standstill": float(self.standstill),
             "shortfall": float(self.shortfall),
             "leading": float(self.leading),
+            "blocked": float(self.blocked),
             "min_acceptance": self.least_acceptance,
             "min_overlap": self.least_overlap,
             "integrated": float(self.integrated),
@@ -272,6 +277,9 @@ class ChainTrace(eqx.Module):
         if self.leading > MOST_LEADING:
             most = f"one sample makes {100 * self.leading:.0f} % of what comes after the last temperature"
             remarks.append((f"{most}: most of the region may not have been seen", RAISE_EFFORT))
+        if self.blocked > MOST_BLOCKED:
+            held = f"chains stood still at {100 * self.blocked:.0f} % of the temperatures behind the wall"
+            remarks.append((f"{held}: the region beyond may be larger than they saw", RAISE_EFFORT))
         if (share := float(np.min(self.betas) / self.betas[-1])) < 1.0:
             # The temperatures end where the mean cost is the cutoff, the warmest of them unless the chains ran warmer.
             colder = f"β is {share:.2g} of the one at which the mean cost is the cutoff: chains press on the wall"

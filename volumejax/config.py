@@ -201,7 +201,7 @@ class Tether(_Model):
 
     region: Literal["star", "connected"] = Field(examples=["region: connected"])
     effort: Annotated[PositiveFloat, Field(le=1000)] = 1.0
-    num_chains: Annotated[int, Field(ge=2, le=2**20)] | None = None
+    num_chains: Annotated[int, Field(ge=1, le=2**20)] | None = None
     decades: Annotated[float, Field(ge=0, le=12)] = 2.0
     label: Label | None = None
 
@@ -451,16 +451,14 @@ def quick(config: AnyConfig) -> AnyConfig:
         }
         return config.model_copy(update=few)
     # Below some effort only fewer chains make a tether's row shorter.
-    tethers = tuple(
-        entry.model_copy(
-            update={"effort": min(entry.effort, QUICK_EFFORT), "num_chains": entry.num_chains and QUICK_PASS}
-        )
-        for entry in config.tethers
-    )
+    tethers = []
+    for entry in config.tethers:
+        chains = entry.num_chains and min(entry.num_chains, QUICK_PASS)
+        tethers.append(entry.model_copy(update={"effort": min(entry.effort, QUICK_EFFORT), "num_chains": chains}))
     few = {"effort": QUICK_EFFORT, "num_particles": QUICK_PARTICLES, "num_islands": QUICK_PARTICLES // 4}
     particles = tuple(entry.model_copy(update=few) for entry in config.particles)
     return config.model_copy(
-        update={"num_rays": min(config.num_rays, QUICK_RAYS), "tethers": tethers, "particles": particles}
+        update={"num_rays": min(config.num_rays, QUICK_RAYS), "tethers": tuple(tethers), "particles": particles}
     )
 
 

@@ -26,7 +26,7 @@ from volumejax.config import (
 from volumejax.islands import IslandTrace
 from volumejax.low_rank import LowRankPrecision
 from volumejax.optax_moments import second_moments
-from volumejax.parallel import local_mesh
+from volumejax.parallel import local_mesh, local_mesh_for_both
 from volumejax.priors import Gaussian
 from volumejax.proposals import Dense, Diagonal
 from volumejax.rays import ray_stream
@@ -255,7 +255,7 @@ def _run_chains(entry: Tether, setting: Setting, on_progress: OnProgress) -> Row
             effort=entry.effort,
             num_chains=entry.num_chains,
             decades=entry.decades,
-            mesh=local_mesh(entry.num_chains or default_num_chains(tree.size(setting.task.params))),
+            mesh=local_mesh_for_both(entry.num_chains or default_num_chains(tree.size(setting.task.params))),
             on_progress=listen,
         ):
             show(_progress(estimate))

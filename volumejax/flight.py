@@ -2,23 +2,26 @@
 
 import dataclasses
 import operator
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from volumejax import tree
-from volumejax.annealing import Record, begin, pad, slopes, travel
+from volumejax.annealing import Record, begin, pad, set_out, slopes
 from volumejax.ensemble import CHEAP, FIELDS, SHORT, Ensemble, Position, Rung
+from volumejax.functions import jit_ahead
 from volumejax.ladder import best_share, trajectory_length
 from volumejax.metric import Rest, fit_metric, mass_power, plain_metric
+from volumejax.parallel import Launcher
 from volumejax.response import Response, flat_shares, respond, response_gradients
 
 __all__ = ["POOLED", "Flight", "Gait", "Stop", "joined", "leaf_sizes", "stretchings", "variances", "work_scatter"]
+
+T = TypeVar("T")
 
 _TARGET = 0.75
 """Acceptance that the step sizes are tuned to."""
@@ -86,14 +89,16 @@ class Flight:
 
     def __init__(
         self, ensemble: Ensemble, key: Array, chains: int, anchor_cost: float, batch_size: int | None,
-        mesh: Mesh | None, *, groups: int = 1,
+        launchers: Sequence[Launcher], *, groups: int = 1,
     ) -> None:  # fmt: skip
         """Begin with `groups` times `chains` that stand nowhere yet.
 
-        Groups go one after the other, so that the program compiled for one will do for a run of as many chains.
+        Groups go one after the other, so that the program compiled for one will do for a run of as many chains, or side
+        by side where there are several launchers.
         """
         self.ensemble, self.key, self.batch_size, self.anchor_cost = ensemble, key, batch_size, anchor_cost
-        self.chains, self.mesh = np.arange(groups * chains, dtype=np.int32).reshape(groups, chains), mesh
+        self.chains = np.arange(groups * chains, dtype=np.int32).reshape(groups, chains)
+        self.launchers = [launchers[group % len(launchers)] for group in range(groups)]
         self.visits, self.gradients, self.last_cost = 0, 0, 1
         self.floor = anchor_cost
         """The lowest cost seen, from which energies count: an anchor need not be a minimum."""
@@ -141,7 +146,8 @@ class Flight:
                 precision = jnp.float64(np.exp(x))
             start = jax.random.fold_in(self.key, 1_000_000 + attempt)
             self.positions = [
-                begin(self.ensemble, start, precision, jnp.asarray(group), self.mesh) for group in self.chains
+                begin(self.ensemble, start, precision, jnp.asarray(group), launcher.mesh)
+                for group, launcher in zip(self.chains, self.launchers, strict=True)
             ]
             whole = joined(self.positions)
             reach = beta * (whole.reach - self.anchor_cost)
@@ -176,6 +182,14 @@ class Flight:
                     for group, here in zip(self.chains, self.positions, strict=True)
                 ]
 
+    def _launched(self, work: Callable[[Position, np.ndarray], T]) -> list[T]:
+        """Return what comes of each group's positions and chains, where they are; it may still be on its way."""
+        calls = [
+            launcher.launch(work, positions, group)
+            for launcher, positions, group in zip(self.launchers, self.positions, self.chains, strict=True)
+        ]
+        return [call.result() for call in calls]
+
     @property
     def as_one(self) -> bool:
         """Whether all leaves are stretched alike: chains of the star stay on their rays, and arms differ in leaves."""
@@ -205,14 +219,13 @@ class Flight:
         )
         self.pending = 0.0 * self.pending
         table = pad(rung)
-        travelled = [
-            travel(
+        journeys = self._launched(
+            lambda positions, group: set_out(
                 self.ensemble, self.metric, self.key, positions, table, [0, 1, 1], self.visits, self.batch_size, group
             )
-            for group, positions in zip(self.chains, self.positions, strict=True)
-        ]
-        self.positions = [positions for positions, _ in travelled]
-        record = joined([record for _, record in travelled], axis=1)
+        )
+        self.positions = [journey.ends for journey in journeys]
+        record = joined([journey.record() for journey in journeys], axis=1)
         self.visits += 2
         self.last_cost = int(rung.gradients[1])
         self.gradients += self.last_cost
@@ -263,7 +276,11 @@ class Flight:
         """Return how the works of each chain answer to maps where it stands."""
         stiffness, precision, now = (jnp.asarray(n, jnp.float32) for n in (1.0 / variance, np.exp(x), beta))
         here = joined(
-            [respond(self.ensemble, self.metric, p, stiffness, precision, now, self.batch_size) for p in self.positions]
+            self._launched(
+                lambda positions, _: respond(
+                    self.ensemble, self.metric, positions, stiffness, precision, now, self.batch_size
+                )
+            )
         )
         spent = response_gradients(self.ensemble)
         self.gradients += spent
@@ -307,7 +324,8 @@ class Flight:
 
     def learn(self, x: float, beta: float, *, keep: int, settled: bool = False) -> None:
         """Fit the metric to the slopes where the chains stand now and stood at the visits before, `keep` at most."""
-        here = [slopes(self.ensemble, p, self.batch_size, jnp.float32(1.0 / beta)) for p in self.positions]
+        share = jnp.float32(1.0 / beta)
+        here = self._launched(lambda positions, _: slopes(self.ensemble, positions, self.batch_size, share))
         self.gradients += 1
         self.slopes.append((beta, joined(here)))
         if not self.walled:
@@ -407,18 +425,18 @@ class Flight:
         return gait, self.visit(x, beta, gait, variance, confined)
 
 
-@eqx.filter_jit
+@jit_ahead
 def _segments(ensemble: Ensemble, positions: Position, batch_size: int | None) -> Float[Array, "chains checks"]:
     return jax.lax.map(ensemble.segment, positions.displacement, batch_size=batch_size or len(positions.cost))
 
 
-@eqx.filter_jit
+@jit_ahead
 def _supported(ensemble: Ensemble, positions: Position) -> Bool[Array, "chains"]:
     """Return which chains stand where the prior has mass."""
     return jax.vmap(ensemble.frame.supports)(positions.displacement)
 
 
-@eqx.filter_jit
+@jit_ahead
 def _permitted(ensemble: Ensemble, positions: Position) -> Bool[Array, "chains"]:
     """Return which chains stand inside the region."""
     return jax.vmap(ensemble.permits)(positions.reach, positions.displacement)

@@ -70,13 +70,16 @@ def acceptance_ratio(forward: Vector, backward: Vector, guess: Vector | None = N
 def ratio_influences(forward: Vector, backward: Vector, difference: Vector) -> tuple[Vector, Vector]:
     """Return by how much each work pulls Bennett's estimate up or down, to first order; 0 for what is absent.
 
+    Works far apart from each other leave the estimate anywhere between them: none pulls further than half its way
+    there, and half a nat.
+
     Args:
         forward: as for `acceptance_ratio`.
         backward: as for `acceptance_ratio`.
         difference: its result, shape (...).
 
     Returns:
-        Influences in nats, shaped like the works; at the solution they sum to zero.
+        Influences in nats, shaped like the works; at the solution they sum to zero, but for that limit.
     """
     present_f, present_b = ~np.isnan(forward), ~np.isnan(backward)
     shift = np.log(np.maximum(present_f.sum(-1), 1)) - np.log(np.maximum(present_b.sum(-1), 1))
@@ -85,7 +88,14 @@ def ratio_influences(forward: Vector, backward: Vector, difference: Vector) -> t
     right = np.where(present_b, expit(-offset - np.where(present_b, backward, np.inf)), 0.0)
     slope = np.sum(left * (1.0 - left), -1) + np.sum(right * (1.0 - right), -1)
     slope = np.where(slope > 0.0, slope, np.inf)[..., None]
-    return -left / slope, right / slope
+    d = difference[..., None]
+    return tuple(
+        np.clip(pull, -limit, limit)
+        for pull, limit in (
+            (-left / slope, 0.5 * (1.0 + np.where(present_f, np.abs(forward - d), 0.0))),
+            (right / slope, 0.5 * (1.0 + np.where(present_b, np.abs(backward + d), 0.0))),
+        )
+    )  # pyright: ignore[reportReturnType]
 
 
 def overlap(forward: Vector, backward: Vector, difference: Vector) -> Vector:

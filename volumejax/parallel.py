@@ -2,7 +2,9 @@
 
 import contextlib
 import os
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +14,20 @@ from jaxtyping import Array, Int, Key
 
 __all__ = [
     "ABSENT",
+    "Launcher",
     "cut",
     "default_batch_size",
+    "launchers",
     "local_mesh",
+    "local_mesh_for_both",
     "num_cores",
     "num_devices",
     "require_threefry",
     "spread",
     "use_every_core",
 ]
+
+T = TypeVar("T")
 
 RAYS_AXIS = "rays"
 ABSENT = np.iinfo(np.int32).max
@@ -61,6 +68,51 @@ def local_mesh(lanes: int) -> Mesh | None:
     devices = jax.local_devices()
     count = next(k for k in range(min(len(devices), lanes), 0, -1) if lanes % k == 0)
     return Mesh(np.array(devices[:count]), (RAYS_AXIS,)) if count > 1 else None
+
+
+class Launcher:
+    """A mesh, and the thread from which programs are launched there.
+
+    On CPUs those that one thread launches wait for each other, whatever their devices. Without a thread of its own a
+    launcher uses its caller's.
+    """
+
+    def __init__(self, mesh: Mesh | None, *, own_thread: bool = False) -> None:
+        """Take the precision of the caller's context, which a thread does not inherit."""
+        self.mesh = mesh
+        self._worker = ThreadPoolExecutor(1, "volumejax") if own_thread else None
+        self._x64 = jax.config.read("jax_enable_x64")
+        self._precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+
+    def launch(self, function: Callable[..., T], *args: Any) -> Future[T]:
+        """Call the function, soon, and return what will hold its result; arrays in that may still be on their way."""
+        if self._worker is not None:
+            return self._worker.submit(self._call, function, *args)
+        done: Future[T] = Future()
+        done.set_result(function(*args))
+        return done
+
+    def _call(self, function: Callable[..., T], *args: Any) -> T:
+        with jax.enable_x64(self._x64), jax.default_matmul_precision(self._precision):
+            return function(*args)
+
+
+def launchers(mesh: Mesh | None, lanes: int) -> tuple[Launcher, ...]:
+    """Return one for each half of a mesh where two jobs of so many lanes find room side by side, else one for it all.
+
+    Only within a process: several would have to agree on which job is ahead.
+    """
+    count = num_devices(mesh)
+    if mesh is None or count < 2 * lanes or mesh.is_multi_process:
+        return (Launcher(mesh),)
+    axis = mesh.axis_names.index(RAYS_AXIS)
+    halves = np.split(mesh.devices, [count // 2, count // 2 * 2], axis)[:2]
+    return tuple(Launcher(Mesh(half, mesh.axis_names), own_thread=True) for half in halves)
+
+
+def local_mesh_for_both(lanes: int) -> Mesh | None:
+    """Return `local_mesh` of the lanes, or of twice as many where two jobs find room side by side."""
+    return local_mesh(2 * lanes if len(jax.local_devices()) >= 2 * lanes else lanes)
 
 
 def num_cores() -> int:

@@ -2,12 +2,11 @@
 
 import dataclasses
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from volumejax.annealing import Record
@@ -15,6 +14,7 @@ from volumejax.ensemble import CHEAP, Ensemble, Position
 from volumejax.flight import POOLED, Flight, Gait, Stop, joined, leaf_sizes, stretchings, variances, work_scatter
 from volumejax.ladder import Survey
 from volumejax.metric import Metric
+from volumejax.parallel import Launcher
 
 __all__ = ["Pilot", "fly"]
 
@@ -90,7 +90,7 @@ def fly(
     anchor_cost: float,
     beta_factor: float,
     batch_size: int | None,
-    mesh: Mesh | None,
+    launchers: Sequence[Launcher],
     on_progress: Callable[[float], None],
 ) -> Pilot:
     """Run the pilot: down to the prior's own stiffness, there until β and the metric have settled, and back up.
@@ -110,7 +110,7 @@ def fly(
         on_progress(furthest)
 
     def descend(ensemble: Ensemble, key: Array, spent: int) -> tuple[Flight, list[Stop]]:
-        flight = Flight(ensemble, key, chains, anchor_cost, batch_size, mesh, groups=groups)
+        flight = Flight(ensemble, key, chains, anchor_cost, batch_size, launchers, groups=groups)
         flight.gradients = spent
         return flight, _descend(flight, beta_factor, _DOWN * budget, progress)
 

@@ -8,7 +8,6 @@ themselves, over a pilot's few chains, say next to nothing of a single leaf's sh
 
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +15,7 @@ from jaxtyping import Array, PyTree
 from numpy.typing import NDArray
 
 from volumejax.ensemble import FIELDS, STRETCHES, Ensemble, Position, toll_share
+from volumejax.functions import jit_ahead
 from volumejax.metric import Metric
 
 __all__ = ["Response", "flat_shares", "respond", "response_gradients"]
@@ -54,7 +54,7 @@ def response_gradients(ensemble: Ensemble) -> int:
     return 2 * _active_fields(ensemble) * len(jax.tree.leaves(ensemble.frame.anchor)) + 1
 
 
-@eqx.filter_jit
+@jit_ahead
 def respond(
     ensemble: Ensemble, metric: Metric, positions: Position, stiffness: Array, precision: Array, beta: Array,
     batch_size: int | None,

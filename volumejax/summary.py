@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from volumejax.chains import (
     LEAST_OVERLAP,
+    MOST_BLOCKED,
     MOST_LEADING,
     MOST_SEPARATION,
     MOST_SHORTFALL,
@@ -89,21 +90,29 @@ def summarise(
             tally, plan, base, trace, weights=weights, log_mass=lower, std_error=np.inf, lower=lower,
             kind=Kind.LOWER_BOUND, hysteresis=(cooling, heating),
         )  # fmt: skip
-    groups = min(_GROUPS, tally.chains)
-    label = everyone % groups
-    without, differences = [], []
-    for group in range(groups):
-        kept = everyone[label != group]
-        without.append(tally.sums(plan.cutoffs, plan.cutoff, chains=kept, passes=passes, near=whole))
-        one, other = (
-            tally.log_mass(plan.cutoff, chains=kept, passes=(which,), near=whole) for which in (COOLING, HEATING)
-        )
-        differences.append(one - other)
-    statistical = max(
-        float(_jackknife(np.array([sums.log_mass for sums in without]))), tally.ladder_error(whole.kappa_differences)
-    )
-    # Each pass alone has half of the samples, and few chains leave the jackknife itself to chance.
-    chance = min(float(_jackknife(np.array(differences))), 2.0 * statistical)
+    ladder = tally.ladder_error(whole.kappa_differences)
+    if tally.chains > 1:
+        label = everyone % min(_GROUPS, tally.chains)
+        without, differences = [], []
+        for group in range(label.max() + 1):
+            kept = everyone[label != group]
+            without.append(tally.sums(plan.cutoffs, plan.cutoff, chains=kept, passes=passes, near=whole))
+            one, other = (
+                tally.log_mass(plan.cutoff, chains=kept, passes=(which,), near=whole) for which in (COOLING, HEATING)
+            )
+            differences.append(one - other)
+        statistical = max(float(_jackknife(np.array([sums.log_mass for sums in without]))), ladder)
+        # Each pass alone has half of the samples, and few chains leave the jackknife itself to chance.
+        chance = min(float(_jackknife(np.array(differences))), 2.0 * statistical)
+        shared = 0.0
+    else:
+        without = [
+            tally.sums(plan.cutoffs, plan.cutoff, chains=everyone, passes=passes, near=whole, half=half)
+            for half in (0, 1)
+        ]
+        shared, end = ladder, float(_jackknife(np.array([sums.log_mass for sums in without])))
+        statistical = float(np.hypot(end, shared))
+        chance = 2.0 * float(np.hypot(end, tally.ladder_noise(whole.kappa_differences)))
     gap = cooling - heating
     lag = float(np.sqrt(max(gap**2 - (2.0 * chance) ** 2, 0.0))) if np.isfinite(gap) else np.inf
     systematic = lag / _LAG
@@ -118,6 +127,7 @@ def summarise(
         and not trace.least_overlap < LEAST_OVERLAP
         and not trace.shortfall > MOST_SHORTFALL
         and not trace.leading > MOST_LEADING
+        and not trace.blocked > MOST_BLOCKED
         and trace.least_acceptance > 0.02
         and not trace.separation > MOST_SEPARATION
         # Chains that are stuck where little mass is agree with each other and not with their own weights.
@@ -134,7 +144,7 @@ def summarise(
         lower=lower,
         kind=Kind.ESTIMATE if mixed else Kind.NOT_MIXED,
         hysteresis=(cooling, heating),
-        curve=Curve(plan.cutoffs, whole.curve, np.hypot(curve_errors, systematic)),
+        curve=Curve(plan.cutoffs, whole.curve, np.hypot(curve_errors, np.hypot(shared, systematic))),
         coefficient=LearningCoefficient(
             np.asarray(whole.energies[tally.joint]),
             np.asarray(energy_errors[tally.joint] if mixed else np.inf),
@@ -218,6 +228,7 @@ def _trace(
         standstill=np.asarray(tally.standstill()),
         shortfall=np.asarray(np.nan if sums is None else tally.shortfall(plan.cutoff)),
         leading=np.asarray(np.nan if sums is None else sums[0].leading),
+        blocked=np.asarray(tally.blocked()),
         work_std=work_std,
         log_weights=weights,
         betas=tally.temperature.beta,

@@ -1,6 +1,7 @@
 """From the records of chains to free energies: what was seen on which rung, and what it adds up to."""
 
 import dataclasses
+import operator
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,8 @@ _QUARTILES = 1.349
 """Distance of a normal distribution's quartiles in standard deviations."""
 _BRIDGED = 3.0
 """Nats below the cutoff from which weights make up for what chains do not see."""
+_LOST = 0.01
+"""Share of the gaps of the κ ladder at which a pass may have lost its chains and still be compared."""
 _STRETCHES = 24
 """Of the ladder, as many as its error is made of: each longer than the chains remember."""
 _HEDGE = 0.05
@@ -163,8 +166,16 @@ class Tally:
         return np.logaddexp(np.log1p(-_HEDGE) + log_weights, np.log(_HEDGE / ways) + self.on_the_way)
 
     def log_mass(self, cutoff: float, *, chains: NDArray, passes: tuple[int, ...], near: Sums | None = None) -> float:
-        """Return what the records of the given chains and passes say of the mass; `near` as for `sums`."""
-        joined = self._join(chains, passes, near)
+        """Return what the records of the given chains and passes say of the mass; `near` as for `sums`.
+
+        Where all of them were lost between two rungs of the κ ladder, which may be once or at one gap in a hundred, the
+        step between these is that of `near`.
+        """
+        differences = self._kappa_differences(chains, passes, near)
+        lost = ~np.isfinite(differences)
+        if near is not None and np.sum(lost) <= max(_LOST * len(lost), 1.0):
+            differences = np.where(lost, near.kappa_differences, differences)
+        joined = self._join(chains, passes, near, differences)
         return float(joined.log_masses(np.asarray(self.temperature.beta), np.array([cutoff]))[0])
 
     def sums(
@@ -174,10 +185,14 @@ class Tally:
         *,
         chains: NDArray,
         passes: tuple[int, ...] = (0, 1),
+        half: int | None = None,
         near: Sums | None = None,
     ) -> Sums:
-        """Reduce the records of the given chains and passes; `near` is the result for nearly the same."""
-        joined = self._join(chains, passes, near)
+        """Reduce the records of the given chains and passes; `near` is the result for nearly the same.
+
+        With a `half`, 0 or 1, only the first or the second half of the visits to each temperature counts, in time.
+        """
+        joined = self._join(chains, passes, near, self._kappa_differences(chains, passes, near), half)
         masses = joined.log_masses(np.asarray(self.temperature.beta), np.append(cutoffs, cutoff))
         energies, heat_capacities = self._energies(joined)
         return Sums(
@@ -190,18 +205,17 @@ class Tally:
             beta_differences=joined.beta_differences,
         )
 
-    def _join(self, chains: NDArray, passes: tuple[int, ...], near: Sums | None) -> _Joined:
+    def _join(
+        self, chains: NDArray, passes: tuple[int, ...], near: Sums | None, kappa_differences: Vector,
+        half: int | None = None,
+    ) -> _Joined:  # fmt: skip
         """Join neighbouring rungs of both ladders by the works of the given chains and passes."""
-        down = self.kappa_seen["work_down"][np.ix_(np.array(passes), np.arange(len(self.kappa.precision)), chains)]
-        # The reference is drawn once, for both passes.
-        down[:, 0] = self.kappa_seen["work_down"][COOLING, 0, chains]
-        up = self.kappa_seen["work_up"][np.ix_(np.array(passes), np.arange(len(self.kappa.precision)), chains)]
-        kappa_differences = acceptance_ratio(
-            _rows(down)[:-1], _rows(up)[1:], None if near is None else near.kappa_differences
-        )
-        costs, reaches, down, up = (
-            table[:, :, chains].reshape(len(table), -1) for table in self._temperature_tables(passes)
-        )
+        tables = self._temperature_tables(passes)
+        if half is not None:
+            visits = np.cumsum(~np.isnan(tables[0]).all(axis=2), axis=1)
+            counted = (visits > 0.5 * visits[:, -1:] + 0.5) == bool(half)
+            tables = [np.where(counted[:, :, None], table, np.nan) for table in tables]
+        costs, reaches, down, up = (table[:, :, chains].reshape(len(table), -1) for table in tables)
         beta_differences = acceptance_ratio(down[:-1], up[1:], None if near is None else near.beta_differences)
         # Outwards from the joint rung, so that what a pass did not visit spoils nothing else. Where one pass has no
         # finite work at all, a difference is infinite, and what comes after it may be unknown.
@@ -214,11 +228,19 @@ class Tally:
         counts = np.sum(present, axis=1).astype(float)
         return _Joined(kappa_differences, beta_differences, log_z, costs[present], reaches[present], counts)
 
+    def _kappa_differences(self, chains: NDArray, passes: tuple[int, ...], near: Sums | None) -> Vector:
+        rungs = np.arange(len(self.kappa.precision))
+        down, up = (self.kappa_seen[name][np.ix_(np.array(passes), rungs, chains)] for name in ("work_down", "work_up"))
+        # The reference is drawn once, for both passes.
+        down[:, 0] = self.kappa_seen["work_down"][COOLING, 0, chains]
+        return acceptance_ratio(_rows(down)[:-1], _rows(up)[1:], None if near is None else near.kappa_differences)
+
     def _temperature_tables(self, passes: tuple[int, ...]) -> list[Vector]:
         """Return costs, reaches and works down and up by rung, visit and chain, NaN where there were fewer visits."""
         if passes not in self._tables:
             rungs: list[list[dict[str, Vector]]] = [[] for _ in self.temperature.beta]
-            for which, rung, seen in self.temperature_seen:
+            # Passes may run side by side, and then it is chance which enters its records first.
+            for which, rung, seen in sorted(self.temperature_seen, key=operator.itemgetter(0)):
                 if which in passes:
                     rungs[rung].append(seen)
             shape = (len(rungs), max(map(len, rungs)), self.chains)
@@ -251,9 +273,13 @@ class Tally:
         """Return the largest R-hat over chains of a leaf's log square along the last rungs, of either pass.
 
         Between chains it goes by the quartiles: a few that are lost where little mass is change the result by little.
+        Where a pass has one chain it is compared with that of the other.
         """
-        worst = np.nan
-        for seen in self.squares:
+        worst, passes = np.nan, self.squares
+        if self.chains == 1:
+            both = passes[COOLING].keys() & passes[HEATING].keys()
+            passes = [{rung: np.concatenate([seen[rung] for seen in passes]) for rung in both}]
+        for seen in passes:
             rungs = [rung for rung in sorted(seen)[-_WINDOW:] if rung > 0]
             if len(rungs) < 4:
                 continue
@@ -302,18 +328,34 @@ class Tally:
         """Return the standard error of the κ ladder's ΔF from the scatter of chains on stretches of the ladder.
 
         A jackknife has as many terms as chains, and with few of them may come out near zero by chance; this has many,
-        but does not know what is remembered from one stretch to the next but one.
+        but does not know what is remembered from one stretch to the next but one. Where a pass has one chain, its
+        stretches are compared with each other: what it lags behind evenly is no scatter.
         """
-        down, up = (_rows(self.kappa_seen[name]) for name in ("work_down", "work_up"))
-        shape = (len(down), 2, self.chains)
-        influence = np.zeros(shape)
-        forward, backward = ratio_influences(down[:-1], up[1:], differences)
-        influence[:-1] += forward.reshape(shape[0] - 1, 2, self.chains)
-        influence[1:] += backward.reshape(shape[0] - 1, 2, self.chains)
-        influence -= influence.mean(axis=2, keepdims=True)
-        parts = np.stack([part.sum(axis=0) for part in np.array_split(influence[1:], _STRETCHES)])
+        parts = self._pulls(differences)
+        over = 2 if self.chains > 1 else 0
+        parts -= parts.mean(axis=over, keepdims=True)
         variance = np.sum(parts**2) + 2.0 * max(float(np.sum(parts[1:] * parts[:-1])), 0.0)
-        return float(np.sqrt(variance * self.chains / max(self.chains - 1, 1)))
+        return float(np.sqrt(variance * parts.shape[over] / (parts.shape[over] - 1)))
+
+    def ladder_noise(self, differences: Vector) -> float:
+        """Return the part of `ladder_error` that neighbouring stretches do not share, and so is no lag."""
+        steps = np.diff(self._pulls(differences), axis=0)
+        return float(np.sqrt(0.5 * np.sum(steps**2) * _STRETCHES / (_STRETCHES - 1)))
+
+    def blocked(self) -> float:
+        """Return the share of visits beyond the natural temperature that refused a chain all its long trajectories.
+
+        NaN where there were none. Chains that stay where they were cool and heat alike, and agree.
+        """
+        visits = [seen["acceptance"] for _, rung, seen in self.temperature_seen if rung > self.natural]
+        return float(np.mean(np.stack(visits) < _REFUSED)) if visits else np.nan
+
+    def _pulls(self, differences: Vector) -> Vector:
+        """Return by how much each stretch of each chain pulls the ladder's ΔF, shape (stretches, 2, chains)."""
+        down, up = (_rows(self.kappa_seen[name])[1:] for name in ("work_down", "work_up"))
+        # By gaps: there what every work down pulls is made up for by one that goes up.
+        pulls = np.add(*ratio_influences(down[:-1], up[1:], differences[1:])).reshape(-1, 2, self.chains)
+        return np.stack([part.sum(axis=0) for part in np.array_split(pulls, _STRETCHES)])
 
     def overlaps(self, differences: Vector) -> Vector:
         """Return the overlap of each pair of neighbouring κ rungs."""

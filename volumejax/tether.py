@@ -14,7 +14,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -24,12 +24,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, PyTree
 
 from volumejax import tree
-from volumejax.annealing import MOST_VISITS, Record, begin, pad, travel
-from volumejax.ensemble import Ensemble, Position, Rung, ensemble_of
+from volumejax.annealing import Record, begin, laid_out_like, pad
+from volumejax.ensemble import Ensemble, Position, ensemble_of
 from volumejax.frames import Frame, frame_of
 from volumejax.ladder import kappa_ladder, temperature_ladder
 from volumejax.metric import Metric
-from volumejax.parallel import num_devices, require_threefry
+from volumejax.parallel import Launcher, launchers, num_devices, require_threefry
+from volumejax.passes import Leg, Pass, stages, walk
 from volumejax.pilot import Pilot, fly
 from volumejax.regions import Connected, Star
 from volumejax.results import VolumeEstimate, last_estimate
@@ -48,7 +49,8 @@ _GRADIENTS = 120_000
 little."""
 _PILOT, _KAPPA, _TEMPERATURE = 0.13, 0.38, 0.03
 """Shares of them for the pilot, each pass down or up the κ ladder, and the temperatures."""
-_LEAST_CHAINS = 2
+_LEAST_CHAINS, _USUAL_CHAINS = 1, 2
+"""Of each pass; where there is one, the pilot takes half of its share, as if there were two."""
 """Of each pass."""
 _MOST_STEPS = 500
 _PLACES = (1.0, 1.0, 100.0)
@@ -62,7 +64,7 @@ _LAST_VISITS = 24
 _FIRST_VISITS = 4
 """Visits of the heating chains beyond the end of the ladder, at its end and at the natural β, before they count."""
 _SECONDS = 2.0
-"""Aimed at between two yields."""
+"""Between two yields, at least."""
 _OVERSHOOT = 0.9
 """Precision, relative to the prior's, to which the heating chains are let go before they start."""
 _PILOT_KEY, _START, _COOL, _RELEASE, _CURVE, _OVER, _SETTLE, _HEAT, _WARM = range(9)
@@ -101,14 +103,16 @@ def tether_volume(
         effort: scales the number of gradients, fixed beforehand: 1 means about 120,000 per chain, for fewer than 4,810
             parameters 4,810/D times as many but at most four times, and never fewer than the ladder needs to hold
             together. The error falls like its root, the bias of slow modes like its inverse.
-        num_chains: chains of each pass, at least 2; None chooses between 2 and 64 by D. At a given cost a few long
-            chains lag behind less than many short ones.
+        num_chains: chains of each pass; None chooses between 2 and 64 by D. At a given cost a few long chains lag
+            behind less than many short ones, least of all a single one: its error comes from stretches of the ladder
+            and from what sets the passes apart, and other parts of the region are found only by that.
         beta_factor: multiplies the automatic inverse temperature; the answer does not depend on it, but well below 1
             the chains of a network press on the wall and are slow.
         escort: largest share of a free direction's stretch that the maps between levels may take, 0 for plain weights.
         decades: how far below `cutoff` the curve reaches, in powers of ten.
         batch_size: chains at once; None takes all. Does not change the result.
-        mesh: device mesh with an axis `rays`, over which chains are spread; None for one device.
+        mesh: device mesh with an axis `rays`, over which chains are spread; None for one device. With twice as many
+            devices as chains both passes go at once, each on half of them.
         on_progress: called with a stage's name and the share of it that is done.
 
     Returns:
@@ -224,7 +228,8 @@ def tether_stream(
     shear = _shear(cost, params, frame, region, float(attainable) - anchor_cost)
     ensemble = ensemble_of(cost, frame, cutoff=float(attainable), region=region, shear=shear)
     chains = default_num_chains(dimension) if num_chains is None else num_chains
-    devices = num_devices(mesh)
+    where = launchers(mesh, chains)
+    devices = num_devices(where[0].mesh)
     chains = -(-chains // devices) * devices
     run = _Run(
         ensemble=ensemble,
@@ -238,7 +243,7 @@ def tether_stream(
         escort=escort,
         decades=decades,
         batch_size=batch_size,
-        mesh=mesh,
+        launchers=where,
         on_progress=on_progress or (lambda *_: None),
     )
     return run.stream()
@@ -260,17 +265,7 @@ def _shear(cost: Any, params: PyTree, frame: Frame, region: Star | Connected, ro
 
 def default_num_chains(dimension: int) -> int:
     """Return how many chains a pass has unless told otherwise: few long ones where gradients are dear."""
-    return int(np.clip(10_000 // dimension, _LEAST_CHAINS, 64))
-
-
-class _Leg(NamedTuple):
-    """A route over one ladder, and where its records go."""
-
-    stage: str
-    table: Rung
-    route: list[int]
-    tag: int
-    enter: Callable[[list[int], Record], None]
+    return int(np.clip(10_000 // dimension, _USUAL_CHAINS, 64))
 
 
 @dataclasses.dataclass
@@ -288,7 +283,8 @@ class _Run:
     escort: float
     decades: float
     batch_size: int | None
-    mesh: Mesh | None
+    launchers: tuple[Launcher, ...]
+    """Of both passes, or of each its own."""
     on_progress: OnProgress
     metric: Metric = dataclasses.field(init=False)
 
@@ -333,8 +329,8 @@ class _Run:
             return lambda rungs, record: tally.add_temperature(which, rungs, record, weighs=weighs)
 
         cool = [
-            _Leg("cooling", kappa_table, [*range(bottom + 1), bottom], _COOL, enter_kappa(COOLING)),
-            _Leg(
+            Leg("cooling", kappa_table, [*range(bottom + 1), bottom], _COOL, enter_kappa(COOLING)),
+            Leg(
                 "cooling",
                 temperature_table,
                 [*range(joint, last), *[last] * (stay + 1)],
@@ -344,60 +340,64 @@ class _Run:
         ]
         if joint > 0:
             there_and_back = [*range(last, -1, -1), *range(last + 1), last]
-            cool.append(_Leg("curve", temperature_table, there_and_back, _CURVE, enter_temperature(COOLING, False)))
+            cool.append(Leg("curve", temperature_table, there_and_back, _CURVE, enter_temperature(COOLING, False)))
         over = jax.tree.map(lambda x: np.repeat(x[-1:], 2, axis=0), kappa)
         over = eqx.tree_at(lambda r: r.precision, over, over.precision * np.array([_OVERSHOOT, 1.0]))
         heat = [
-            _Leg("heating", pad(over), [0] * _FIRST_VISITS + [1] * (_FIRST_VISITS + 1), _OVER, lambda *_: None),
+            Leg("heating", pad(over), [0] * _FIRST_VISITS + [1] * (_FIRST_VISITS + 1), _OVER, lambda *_: None),
             # They come from a colder β, as the cooling pass does: its lag must not be theirs too.
-            _Leg(
+            Leg(
                 "heating",
                 temperature_table,
                 [*range(joint, last), *[last] * (_FIRST_VISITS + 1)],
                 _WARM,
                 lambda *_: None,
             ),
-            _Leg(
+            Leg(
                 "heating",
                 temperature_table,
                 [*[last] * stay, *range(last, joint - 1, -1), joint],
                 _SETTLE,
                 enter_temperature(HEATING, False),
             ),
-            _Leg("heating", kappa_table, [*range(bottom, 0, -1), 1], _HEAT, enter_kappa(HEATING)),
+            Leg("heating", kappa_table, [*range(bottom, 0, -1), 1], _HEAT, enter_kappa(HEATING)),
         ]
         if ensemble.frame.stiffness == 0.0:
             heat = heat[1:]
-        work = [_gradients(leg) for leg in (*cool, *heat)]
-        total, spent, each = pilot.gradients + sum(work), pilot.gradients, len(ensemble.guides)
-        start = begin(
-            ensemble, jax.random.fold_in(self.key, _START), first, jnp.arange(self.chains, dtype=jnp.int32), self.mesh
+        key, indices = jax.random.fold_in(self.key, _START), jnp.arange(self.chains, dtype=jnp.int32)
+        starts = [begin(ensemble, key, first, indices, launcher.mesh) for launcher in self.launchers]
+        cooling, heating = (
+            Pass(launcher, ensemble, self.metric, self.key, self.batch_size, origin, legs)
+            for launcher, origin, legs in (
+                (self.launchers[0], starts[0], cool),
+                (self.launchers[-1], laid_out_like(pilot.ends, starts[-1]), heat),
+            )
         )
-        noise = np.nan
-        for origin, legs, last_pass in ((start, cool, False), (pilot.ends, heat, True)):
-            positions = origin
-            for leg in legs:
-                for where, spent_here in self._follow(leg, positions):
-                    positions, share = where, (spent + spent_here) / total
-                    self.on_progress(leg.stage, share)
-                    yield summarise(tally, plan, positions.cost, each * (spent + spent_here), share, final=False)
-                spent += _gradients(leg)
-            _require_meant(ensemble, positions)
-            if last_pass:
-                yield summarise(tally, plan, positions.cost, each * spent, 1.0, final=True, noise=noise)
-            else:
-                noise = self._noise(positions, float(temperature.beta[-1]))
+        total, each = pilot.gradients + cooling.gradients + heating.gradients, len(ensemble.guides)
+        noise, spoke = np.nan, time.perf_counter()
+        for passes in ([cooling, heating],) if len(self.launchers) > 1 else ([cooling], [heating]):
+            for latest in walk(passes):
+                if latest.ended:
+                    _require_meant(ensemble, latest.positions)
+                    if latest is cooling:
+                        noise = self._noise(cooling.positions, float(temperature.beta[-1]))
+                spent = pilot.gradients + cooling.spent + heating.spent
+                self.on_progress(stages(passes), spent / total)
+                if latest.leg_ended or time.perf_counter() - spoke > _SECONDS:
+                    spoke, final = time.perf_counter(), cooling.ended and heating.ended
+                    costs = cooling.positions.cost
+                    yield summarise(tally, plan, costs, each * spent, spent / total, final=final, noise=noise)
 
     def _fly(self) -> Pilot:
         return fly(
             self.ensemble,
             jax.random.fold_in(self.key, _PILOT_KEY),
             chains=self.chains,
-            budget=_PILOT * self.budget,
+            budget=_PILOT * self.budget * min(self.chains / _USUAL_CHAINS, 1.0),
             anchor_cost=self.anchor_cost,
             beta_factor=self.beta_factor,
             batch_size=self.batch_size,
-            mesh=self.mesh,
+            launchers=self.launchers,
             on_progress=lambda share: self.on_progress("pilot", share),
         )
 
@@ -406,28 +406,6 @@ class _Run:
         if jax.default_backend() == "cpu":
             return np.nan
         return beta * float(_rounding(self.ensemble, positions))
-
-    def _follow(self, leg: _Leg, positions: Position) -> Iterator[tuple[Position, int]]:
-        """Take the chains along a leg, in calls of a few seconds; the cut does not change the result."""
-        key = jax.random.fold_in(self.key, leg.tag)
-        done, count, spent, spoke = 0, 2, 0, time.perf_counter()
-        visits = len(leg.route) - 1
-        while done < visits:
-            began = time.perf_counter()
-            route = leg.route[done : done + count + 1]
-            positions, record = travel(
-                self.ensemble, self.metric, key, positions, leg.table, route, done, self.batch_size
-            )
-            leg.enter(route[:-1], record)
-            done += len(route) - 1
-            spent += int(np.sum(leg.table.gradients[route[:-1]]))
-            now = time.perf_counter()
-            per_visit = (now - began) / (len(route) - 1)
-            count = int(np.clip(_SECONDS / max(per_visit, 1e-9), 1, MOST_VISITS))
-            if now - spoke > _SECONDS and done < visits:
-                spoke = now
-                yield positions, spent
-        yield positions, spent
 
 
 @eqx.filter_jit
@@ -460,7 +438,3 @@ def _off(ensemble: Ensemble, positions: Position) -> Float[Array, "chains"]:
         return jnp.abs(ensemble.cost(meant) - cost.astype(jnp.float32))
 
     return jax.lax.map(one, (positions.displacement, positions.cost))
-
-
-def _gradients(leg: _Leg) -> int:
-    return int(np.sum(leg.table.gradients[leg.route[:-1]]))
