@@ -237,7 +237,7 @@ def test_the_shipped_experiment():
     assert {entry.kind for entry in config.proposals} == {"isotropic", "adam", "diagonal_ggn", "dense_ggn"}
     assert [entry.region for entry in config.tethers] == ["connected"]
     chains = load_config(Path(__file__).parents[1] / "configs" / "digits_tether.yaml")
-    assert [(entry.region, entry.effort) for entry in chains.tethers] == [("star", 1), ("connected", 1)]
+    assert [(entry.region, entry.effort) for entry in chains.tethers] == [("star", 1), ("connected", 2)]
     everywhere = load_config(Path(__file__).parents[1] / "configs" / "digits_global.yaml")
     assert everywhere.cost == "loss" and len(everywhere.tethers) == 2
     assert [entry.name for entry in everywhere.particles] == ["from the prior"]

@@ -113,7 +113,16 @@ def chained(estimate, share, lower):
     sizes = {"precision": levels, "r_hat": levels, "overlap": np.ones(2), "work_std": np.ones(2)}
     sizes |= dict.fromkeys(("mean_cost", "mean_square", "acceptance", "inside"), np.ones((2, 3)))
     sizes |= dict.fromkeys(("betas", "energies", "energy_errors", "heat_capacities"), temperatures)
-    names = ("integrated", "integrated_virial", "separation", "standstill", "shortfall", "leading", "non_finite")
+    names = (
+        "integrated",
+        "integrated_virial",
+        "separation",
+        "standstill",
+        "shortfall",
+        "leading",
+        "blocked",
+        "non_finite",
+    )
     scalars = dict.fromkeys(names, np.zeros(()))
     trace = ChainTrace(
         **sizes, **scalars, log_weights=np.arange(8.0), gradients=np.asarray(70), progress=np.asarray(share)
