@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from volumejax.annealing import MOST_VISITS, TABLE, Record, begin, pad, set_out, slopes
-from volumejax.ensemble import FIELDS, Ensemble, Rung
+from volumejax.ensemble import FIELDS, Ensemble, Rung, ensemble_of, with_ridge
 from volumejax.frames import frame_of
 from volumejax.metric import plain_metric
 from volumejax.priors import Gaussian
-from volumejax.regions import Connected
+from volumejax.regions import Connected, Star
 
 PARAMS = {"w": jnp.array([0.5, -0.25]), "b": jnp.float32(0.1)}
 CHAINS, LEVELS = 6, 8
@@ -116,6 +116,35 @@ def test_records_are_of_the_rungs_visited(journey):
     assert not log.acceptance[0].any() and np.all(log.acceptance[1:].mean(1) > 0.2)
     pulled = np.sum(flat(start.displacement) * flat(jax.tree.map(lambda b: b[None], ensemble.frame.pull)), axis=1)
     np.testing.assert_allclose(log.pulled[0], pulled, rtol=1e-10)
+
+
+def test_the_ridge_is_known_where_it_rises(journey):
+    """Maps of the κ ladder leave it unknown; and chains need not move."""
+    _, _, send = journey
+    assert np.isnan(send(ROUTE)[1].ridge).all()
+    anchor = jnp.zeros(3)
+    plain = ensemble_of(lambda x: jnp.sum(x**2), frame_of(Gaussian(1.0), anchor), cutoff=50.0, region=Star(8))
+    star = with_ridge(plain, 0.0, 1.5)
+    rungs = dataclasses.replace(
+        jax.tree.map(lambda x: x[:5], ladder()),
+        precision=np.array([3.0, 2.0, 1.0, 1.0, 1.0]),
+        num_moves=np.zeros(5, np.int32),
+        beta=np.full(5, 4.0),
+        masses=np.ones((5, 1)),
+        stretch=np.outer([0.2, 0.2, 0.0, 0.0, 0.0], [1.0] + (FIELDS - 1) * [0.0]),
+        ridge=np.array([0.0, 0.0, 0.0, 0.25, 1.0]),
+    )
+    key, metric = jax.random.key(5), plain_metric(anchor, turns=True)
+    with jax.enable_x64(True):
+        start = begin(star, key, jnp.float64(3.0), jnp.arange(CHAINS, dtype=jnp.int32), None)
+    sent = set_out(star, metric, key, start, pad(rungs), [0, 1, 2, 3, 4, 4], 0, None)
+    log = sent.record()
+    assert np.isnan(log.ridge[1]).all() and np.isfinite(log.ridge[[0, 2, 3, 4]]).all()
+    ends = jax.vmap(star.position)(sent.ends.displacement)
+    np.testing.assert_allclose(log.ridge[2:], np.repeat(np.asarray(ends.ridge)[None], 3, axis=0), rtol=1e-6)
+    rise = 4.0 * (log.ridge - log.cost)
+    np.testing.assert_allclose(log.work_down[2:4], [0.25 * rise[2], 0.75 * rise[3]], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(log.work_up[3:], [-0.25 * rise[3], -0.75 * rise[4]], rtol=1e-4, atol=1e-5)
 
 
 def test_works_by_hand(journey):

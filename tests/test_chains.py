@@ -90,7 +90,7 @@ def test_what_was_not_visited_is_nan(make_trace):
         ({"leading": np.array(0.62)}, "one sample makes 62 % of what comes after the last temperature", EFFORT),
         ({"leading": np.array(0.4)}, None, ""),
         ({"leading": np.array(np.nan)}, None, ""),
-        ({"blocked": np.array(0.4)}, "chains stood still at 40 % of the temperatures behind the wall", EFFORT),
+        ({"blocked": np.array(0.4)}, "chains stood still on 40 % of their visits on the way to the wall", EFFORT),
         ({"blocked": np.array(0.1)}, None, ""),
         ({"blocked": np.array(np.nan)}, None, ""),
         ({"betas": np.array([300.0, 85.0, 100.0])}, COLDER, "raise beta_factor"),

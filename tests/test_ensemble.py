@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from volumejax import tree
-from volumejax.ensemble import Ensemble, Position
+from volumejax.ensemble import Ensemble, Position, Ridge
 from volumejax.frames import frame_of
 from volumejax.metric import fit_metric, plain_metric
 from volumejax.priors import Gaussian, UniformBox
@@ -206,6 +206,60 @@ def test_the_guide_of_the_star_is_the_mean_cost_at_two_points():
     assert np.isclose(float(value), ratio * float(own), rtol=1e-6)
     np.testing.assert_allclose(slope, ratio * own_slope, rtol=1e-6)
     assert np.isclose(float(connected.value(point)), float(own), rtol=1e-6)
+
+
+def ridged(checks=16, share=0.5, sharpness=3.0):
+    """A star whose cost has a hump on the way along the first axis, and the NumPy twin of its ridge."""
+    hump = lambda x: jnp.sum(x**2) + 2.0 * jnp.exp(-8.0 * jnp.sum((x - jnp.array([0.4, 0.0])) ** 2))
+    star = ensemble_of(hump, Gaussian(1.0), jnp.zeros(2), 50.0, Star(checks))
+    star = eqx.tree_at(lambda e: e.ridge, star, Ridge(number(share), number(sharpness)), is_leaf=lambda x: x is None)
+
+    def by_hand(point):
+        costs = np.array([float(hump(t * point)) for t in star.eyes], np.float64)
+        return share / sharpness * np.log(np.sum(np.exp(sharpness * costs))), np.max(costs)
+
+    return star, by_hand
+
+
+@pytest.mark.parametrize("checks, eyes", [(32, 8), (16, 8), (10, 8), (4, 4), (1, 1)])
+def test_the_ridge_is_a_smooth_maximum_over_some_of_the_checked_points(checks, eyes):
+    star, by_hand = ridged(checks)
+    assert len(star.eyes) == eyes and star.eyes[-1] == 1.0
+    assert np.all(np.diff([0.0, *star.eyes]) <= 1.0 / eyes + 1.0 / checks)
+    point = jnp.array([1.1, -0.3])
+    ridge, top, slope = star.ridge_and_slope(point)
+    np.testing.assert_allclose([float(ridge), float(top)], by_hand(point), rtol=1e-6)
+    step = 1e-2 * jnp.array([0.6, 0.8])
+    rise = by_hand(point + step)[0] - by_hand(point - step)[0]
+    np.testing.assert_allclose(rise, 2.0 * float(slope @ step), rtol=2e-3)
+    # And what a look at the whole segment says of it.
+    np.testing.assert_allclose(float(star.position(point).ridge), float(ridge), rtol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_ridge_takes_its_share_of_the_slope(share):
+    star, _ = ridged()
+    point = jnp.array([1.1, -0.3])
+    seen = star.value_and_slope(point)
+    ridge, top, steep = star.ridge_and_slope(point)
+    found = eqx.filter_jit(lambda s: star.steepened(point, seen, s))(number(share))
+    np.testing.assert_allclose(found[2], (1.0 - share) * seen[1] + share * steep, rtol=1e-6)
+    expected = [ridge, top] if share else [np.nan, seen[0]]
+    np.testing.assert_allclose(found[:2], np.array(expected, np.float64), rtol=1e-6)
+
+
+def test_the_work_of_a_ridge_that_rises():
+    """Where nothing moves it is βs' (ridge − guide) less the same for s; a map leaves the ridge unknown."""
+    star, by_hand = ridged()
+    point, state = jnp.array([0.9, 0.2]), (number(1.0), number(4.0))
+    start = star.position(point)
+    image, work = carry(star, start, number(0.0), state, state, (number(0.25), number(0.75)))
+    expected = 4.0 * 0.5 * (by_hand(point)[0] - float(start.cost))
+    np.testing.assert_allclose(float(work), expected, rtol=1e-5)
+    assert float(image.ridge) == float(start.ridge) and abs(expected) > 0.1
+    moved, _ = carry(star, start, number(0.1), state, state, (number(0.0), number(0.0)))
+    assert np.isnan(float(moved.ridge))
+    np.testing.assert_allclose(float(star.looked(moved).ridge), by_hand(moved.displacement)[0], rtol=1e-6)
 
 
 def test_the_reach_includes_the_point_itself():

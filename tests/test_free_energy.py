@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 from scipy import special, stats
 
-from volumejax.free_energy import acceptance_ratio, log_total_mass, overlap
+from volumejax.free_energy import acceptance_ratio, log_mixture, log_total_mass, overlap
 
 
 def ratio(forward, backward):
@@ -211,3 +211,20 @@ def test_the_mass_does_not_hang_on_the_sample_nearest_to_the_cutoff(confined):
         errors.append(mass - exact)
     assert np.std(errors) < 0.3
     assert abs(np.mean(errors)) < 0.15
+
+
+def test_costs_of_two_guides_count_with_a_beta_each():
+    """Where the second has none they are the first alone."""
+    rng = np.random.default_rng(0)
+    costs, betas, counts, log_z = (
+        rng.gamma(3.0, size=(7, 2)),
+        rng.gamma(2.0, size=(3, 2)),
+        np.array([2.0, 0, 5]),
+        rng.normal(size=3),
+    )
+    densities = counts * np.exp(-np.einsum("sg,kg->sk", costs, betas) - log_z)
+    np.testing.assert_allclose(log_mixture(costs, betas, counts, log_z), np.log(densities.sum(1)), rtol=1e-12)
+    betas[:, 1] = 0.0
+    np.testing.assert_allclose(
+        log_mixture(costs, betas, counts, log_z), log_mixture(costs[:, 0], betas[:, 0], counts, log_z), rtol=1e-12
+    )

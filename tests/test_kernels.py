@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import logsumexp
 
 from volumejax import ensemble as ensemble_module
-from volumejax.ensemble import FIELDS, Ensemble, Rung
+from volumejax.ensemble import FIELDS, Ensemble, Ridge, Rung
 from volumejax.frames import frame_of
 from volumejax.kernels import JITTER, hmc
 from volumejax.metric import Metric, plain_metric
@@ -47,11 +48,18 @@ def ensemble_of(prior, cutoff, stiff=(1.0, 4.0), bend=0.0, quartic=0.0, fence=np
     return Ensemble(Valley(*parts), frame_of(prior, ANCHOR), number(cutoff), region, False)
 
 
-def rung_of(precision=1.0, beta=1.0, masses=(1.0, 1.0), step_size=0.3, spread=0.0, num_steps=5):
+def ridged(ensemble, share=0.8, sharpness=30.0):
+    ridge = Ridge(number(share), number(sharpness))
+    return eqx.tree_at(lambda e: e.ridge, ensemble, ridge, is_leaf=lambda x: x is None)
+
+
+def rung_of(precision=1.0, beta=1.0, masses=(1.0, 1.0), step_size=0.3, spread=0.0, num_steps=5, ridge=None):
     with jax.enable_x64(True):
         single = [jnp.float64(x) for x in (precision, beta, step_size, spread)]
         masses, still = jnp.asarray(masses, jnp.float64), jnp.zeros(FIELDS * len(masses), jnp.float64)
-        return Rung(*single[:2], masses, *single[2:], jnp.int32(num_steps), jnp.int32(1), still)
+        return Rung(
+            *single[:2], masses, *single[2:], jnp.int32(num_steps), jnp.int32(1), still, ridge and jnp.float64(ridge)
+        )
 
 
 def on_host(function):
@@ -109,8 +117,12 @@ def energy(ensemble, rung):
 
     def log_density(x, y):
         cost = np.mean([cost_at(t * x, t * y) for t in ensemble.guides], axis=0)
-        a, beta = float(rung.precision), float(rung.beta)
-        return -beta * cost - 0.5 * a * (x * x + y * y) - pull[0] * x - pull[1] * y, cost
+        a, beta, held = float(rung.precision), float(rung.beta), cost
+        if rung.ridge is not None:
+            sharpness, s = float(ensemble.ridge.sharpness), float(rung.ridge)
+            top = logsumexp(sharpness * np.stack([cost_at(t * x, t * y) for t in ensemble.eyes]), axis=0) / sharpness
+            held = (1.0 - s) * cost + s * float(ensemble.ridge.share) * top
+        return -beta * held - 0.5 * a * (x * x + y * y) - pull[0] * x - pull[1] * y, cost
 
     return cost_at, log_density
 
@@ -138,6 +150,10 @@ TARGETS = {
     "ball": (ensemble_of(BALLED, 1e3), rung_of(0.7, 0.5, (1.0, 2.0))),
     "ball behind a wall": (ensemble_of(BALLED, 0.5), rung_of(0.7, 0.5, (1.0, 2.0))),
     "star": (ensemble_of(PULLED, 0.25, (0.15, 12.0), 0.9, region=Star(4)), rung_of(1.0, 1.0, (1.0, 6.0), 0.2)),
+    "star with a ridge": (
+        ridged(ensemble_of(PULLED, 0.25, (0.15, 12.0), 0.9, region=Star(4))),
+        rung_of(1.0, 12.0, (1.0, 6.0), 0.1, ridge=0.7),
+    ),
 }  # fmt: skip
 
 
@@ -179,7 +195,7 @@ def test_moves_leave_the_ensemble_as_it_is(name):
             low, high = (np.array(jax.tree.leaves(wall)) for wall in (frame.walls.low, frame.walls.high))
             near = [np.mean((x < lo + 0.05) | (x > hi - 0.05)) for x, lo, hi in zip(d.values(), low, high, strict=True)]
             assert min(near) > 0.01
-        if name == "star":
+        if name.startswith("star"):
             outside = ~np.asarray(info.inside)
             assert np.mean(outside) > 0.01
 

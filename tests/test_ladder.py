@@ -50,6 +50,7 @@ def survey_of(spread_of_slope, *, covariance=0.0, bottom=0.0, step_size=0.3, con
         beta=500.0,
         natural_beta=200.0,
         unseen=0.0,
+        bulge=1.0,
         least_spread=0.0,
         ends_flat=ends_flat,
     )
@@ -382,15 +383,23 @@ def test_temperatures_of_no_curve_begin_at_the_joint():
     np.testing.assert_allclose(rungs.beta[[0, -1]], [500.0, 200.0])
 
 
-def test_temperatures_go_on_where_segments_scatter_against_the_guide():
-    """Down to a tenth of the natural β, at most 1.5/√λ of it at a time; the others as before."""
+def test_the_ridge_rises_where_segments_scatter_against_the_guide():
+    """At the joint's β, by 0.75 nats of that scatter, on longer trajectories; then some come beyond the natural one."""
     survey = survey_of(4.0, confined=400.0)
-    usual, *_ = temperatures(survey)
-    rungs, joint, natural = temperatures(dataclasses.replace(survey, unseen=12.0))
-    np.testing.assert_allclose(rungs.beta[: len(usual.beta)], usual.beta)
-    assert natural == len(usual.beta) - 1
-    assert rungs.beta[joint] == pytest.approx(500.0) and 20.0 < rungs.beta[-1] < 20.0 + 15.0
-    np.testing.assert_allclose(np.diff(rungs.beta[len(usual.beta) - 1 :]), -15.0)
+    usual, joint, last = temperatures(survey)
+    rungs, same_joint, natural = temperatures(dataclasses.replace(survey, unseen=12.0))
+    rises, below = 16, int(np.ceil(2.0 * np.log(500.0 / usual.beta[-1]) * 20.0 / 1.5))
+    assert 2 * (last - joint) - 2 < below
+    assert same_joint == joint and natural == joint + rises + below and len(rungs.beta) == natural + 5
+    np.testing.assert_allclose(rungs.beta[: joint + 1], usual.beta[: joint + 1])
+    np.testing.assert_allclose(rungs.beta[joint + 1 : joint + 1 + rises], 500.0)
+    np.testing.assert_allclose(np.ptp(np.diff(np.log(rungs.beta[joint + rises : natural + 1]))), 0.0, atol=1e-9)
+    assert rungs.beta[natural] == pytest.approx(usual.beta[-1])
+    np.testing.assert_allclose(np.diff(rungs.beta[natural:]), -0.0375 * usual.beta[-1])
+    np.testing.assert_allclose(rungs.ridge[joint : joint + 1 + rises], np.linspace(0.0, 1.0, rises + 1))
+    assert not rungs.ridge[:joint].any() and np.all(rungs.ridge[joint + rises :] == 1.0)
+    assert 2 * rungs.num_steps[0] < rungs.num_steps[joint + 1] <= 3 * rungs.num_steps[-1] == 3 * rungs.num_steps[0]
+    assert not usual.ridge.any()
     assert len(temperatures(dataclasses.replace(survey, unseen=8.0))[0].beta) == len(usual.beta)
 
 

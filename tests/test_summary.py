@@ -48,15 +48,27 @@ def record(rungs, lost):
 
 
 def estimate_of(
-    lost, *, reference=-7.0, plan=PLAN, chains=CHAINS, apart=0.0, missed=(), natural=2, guide=None, acceptance=1.0
+    lost,
+    *,
+    reference=-7.0,
+    plan=PLAN,
+    chains=CHAINS,
+    apart=0.0,
+    missed=(),
+    natural=2,
+    guide=None,
+    acceptance=1.0,
+    share=0.0,
 ):
     """Of passes that are so far apart in all, and of which one chain's image is outside where `missed` says so.
 
     With a `guide`, of a star: all samples have the same but for one of the cooling pass's last that has so much more.
+    With a `share`, the ridge has it at the last temperature, and is all samples' cost.
     """
+    temperatures = dataclasses.replace(ladder(np.ones(3), BETAS), ridge=share * np.array([0.0, 0.0, 1.0]))
     tally = Tally(
         ladder(np.array([9.0, 9.0, 3.0, 1.0]), np.array([0.0, 20.0, 20.0, 20.0])),
-        Temperatures(ladder(np.ones(3), BETAS), 1, natural), reference, chains, 0.0,
+        Temperatures(temperatures, 1, natural), reference, chains, 0.0,
     )  # fmt: skip
     down, up = list(range(LEVELS)), list(range(LEVELS - 1, 0, -1))
     for which, rungs, sign in ((COOLING, down, 1.0), (HEATING, up, -1.0)):
@@ -70,6 +82,7 @@ def estimate_of(
             costs = np.full_like(temperatures.cost, 0.1)
             costs[-1, 0] += guide * (which == COOLING)
             temperatures = temperatures._replace(cost=costs, reach=np.full_like(costs, 0.2))
+        temperatures = temperatures._replace(ridge=temperatures.cost)
         temperatures.acceptance[:] = acceptance
         tally.add_kappa(which, rungs, seen)
         tally.add_temperature(which, [0, 1, 2], temperatures, weighs=which == COOLING)
@@ -107,11 +120,11 @@ def test_a_star_that_one_sample_decides_is_not_mixed():
     assert even.kind == Kind.ESTIMATE and "one sample" not in even.status
 
 
-def test_chains_that_stand_still_behind_the_wall_are_not_mixed():
+def test_chains_that_stand_still_at_the_wall_are_not_mixed():
     """They agree with each other about what they never saw."""
-    moving, still = (estimate_of(0.0, natural=1, acceptance=share) for share in (1.0, 0.0))
+    moving, still = (estimate_of(0.0, share=0.5, acceptance=taken) for taken in (1.0, 0.0))
     assert moving.kind == Kind.ESTIMATE and moving.trace.blocked == 0.0
-    assert still.kind == Kind.NOT_MIXED and still.trace.blocked == 1.0 and "behind the wall" in still.status
+    assert still.kind == Kind.NOT_MIXED and still.trace.blocked == 1.0 and "stood still on 100 %" in still.status
     assert np.isnan(estimate_of(0.0, acceptance=0.0).trace.blocked)
 
 
@@ -131,7 +144,7 @@ def test_single_chains_have_an_error_too():
 
 def test_energies_beyond_the_natural_temperature_are_not_reported():
     """There the wall cuts them off."""
-    whole, cut = (estimate_of(0.0, natural=natural).trace.energies for natural in (2, 1))
-    assert np.all(np.isfinite(whole))
-    np.testing.assert_array_equal(np.isnan(cut), [False, False, True])
-    np.testing.assert_array_equal(cut[:2], whole[:2])
+    whole, cut = (estimate_of(0.0, natural=natural).trace for natural in (2, 1))
+    assert np.all(np.isfinite(whole.energies)) and len(whole.betas) == 3
+    for name in ("betas", "energies", "energy_errors", "heat_capacities"):
+        np.testing.assert_array_equal(getattr(cut, name), getattr(whole, name)[:2])

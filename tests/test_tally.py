@@ -5,6 +5,8 @@ counted, the heating pass's own look at the reference, energies not counted from
 counted among the weights.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -308,13 +310,45 @@ def test_the_error_of_single_chains_is_that_of_stretches_and_not_of_an_even_lag(
             tally.kappa_seen["work_up"][which, :, 0] = -noise * rng.normal(size=levels) - sign * lag
         return tally
 
-    errors = [tally.ladder_error(np.zeros(levels - 1)) for tally in [tally_of(0.1, 0.0) for _ in range(20)]]
+    errors = [
+        tally.ladder_error(np.zeros(levels - 1), np.zeros(4)) for tally in [tally_of(0.1, 0.0) for _ in range(20)]
+    ]
     # Four works at each of 2,400 gaps, whose mean is half of them down and half up.
     assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(0.1 * np.sqrt(2400 / 4), rel=0.15)
     # The passes are 96 nats apart, and the stretches differ by a gap.
     lagging = tally_of(0.0, 0.02)
     for error in (lagging.ladder_error, lagging.ladder_noise):
-        assert error(np.zeros(levels - 1)) < 0.05
+        assert error(np.zeros(levels - 1), np.zeros(4)) < 0.05
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_where_the_ridge_rises_the_temperatures_have_an_error_too(share):
+    """As many works at each of 400 gaps, beside a κ ladder without noise; one chain.
+
+    Mutations: passes split at the wrong visit, the work of the way up paired off with the rung below.
+    """
+    rng, count = np.random.default_rng(0), 401
+    rungs = dataclasses.replace(
+        ladder(np.ones(count), np.full(count, 20.0)), ridge=share * np.linspace(0.0, 1.0, count)
+    )
+
+    def error(visits):
+        tally = Tally(
+            ladder(np.full(50, 3.0), np.full(50, 20.0)), Temperatures(rungs, 0, count - 1), REFERENCE, 1, ANCHOR_COST
+        )
+        for name in ("work_down", "work_up"):
+            tally.kappa_seen[name][:] = 0.0
+        for which, route in ((COOLING, range(count)), (HEATING, range(count - 1, -1, -1))):
+            for rung in np.repeat(route, visits[which]):
+                down, up = 0.1 * rng.normal(size=(2, 1)) + 0.02 * (which == COOLING)
+                seen = {name: np.ones(1) for name in ("cost", "ridge", "reach", "acceptance")}
+                tally.temperature_seen.append((which, int(rung), {**seen, "work_down": down, "work_up": up}))
+        return tally.ladder_error(np.zeros(49), np.zeros(count - 1))
+
+    for visits in ((1, 1), (3, 1)):
+        errors = [error(visits) for _ in range(20)]
+        expected = share * 0.1 * np.sqrt(400 / (2 * sum(visits)))
+        assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(expected, rel=0.2, abs=1e-9)
 
 
 def test_a_standstill_is_the_longest_unbroken_stretch(make_tally):
@@ -338,16 +372,61 @@ def test_a_standstill_is_the_longest_unbroken_stretch(make_tally):
         np.testing.assert_allclose(tally.standstill(), share / CHAINS)
 
 
-def test_blocked_are_visits_beyond_the_natural_temperature_that_refused_all(make_tally):
-    """Mutations: the natural temperature's own visits counted, the mean acceptance of all chains for each one's."""
-    tally = make_tally()
+SHARES = np.array([0.0, 0.0, 0.0, 0.5, 1.0])
+
+
+@pytest.fixture
+def ridged():
+    """The rungs after the joint are at its β, and the ridge rises there."""
+
+    def made():
+        rungs = dataclasses.replace(ladder(np.ones(5), np.append(BETAS[:3], BETAS[[2, 2]])), ridge=SHARES)
+        return Tally(
+            ladder(np.array([9.0, 9.0, 3.0, 1.0]), np.array([0.0, 20.0, 20.0, 20.0])),
+            Temperatures(rungs, JOINT, 3), REFERENCE, CHAINS, ANCHOR_COST,
+        )  # fmt: skip
+
+    return made
+
+
+def test_blocked_are_visits_where_the_ridge_rises_that_refused_all(ridged, make_tally):
+    """Mutations: the joint's own visits counted, those behind the wall, the mean acceptance of all for each one's."""
+    tally = ridged()
     assert np.isnan(tally.blocked())
-    tally.natural = 2
-    enter_temperature(tally, COOLING, [2, 3, 4], 0)
+    enter_temperature(tally, COOLING, [2, 3, 3, 4], 0)
     assert tally.blocked() == 0.0
-    for _, rung, seen in tally.temperature_seen:
-        seen["acceptance"][: rung + 1] = 0.01
+    for row, (_, _, seen) in enumerate(tally.temperature_seen):
+        seen["acceptance"][: row + 3] = 0.01
     assert tally.blocked() == (4 + 5) / (2 * CHAINS)
+    plain = make_tally()
+    enter_temperature(plain, COOLING, [2, 3, 4], 0)
+    assert np.isnan(plain.blocked())
+
+
+def test_a_ridge_counts_in_the_mixture_with_its_share(ridged):
+    """Against the sum over samples by hand; and the bound has the ridge of where the chains stand."""
+    tally, rng = ridged(), np.random.default_rng(0)
+    enter_kappa(tally, COOLING)
+    visited = [2, 3, 4, 4]
+    costs, ridges = costs_at(visited, 1), rng.gamma(3.0, 0.05, (4, CHAINS))
+    seen = record(visited, BETA_STEPS, costs)._replace(ridge=ridges)
+    tally.add_temperature(COOLING, visited, seen, weighs=True)
+    log_z = LOG_Z[2:]
+    held = (1.0 - SHARES[2:, None, None]) * costs + SHARES[2:, None, None] * ridges
+    weights = 1.0 / np.einsum("k,krc->rc", np.array([8.0, 8.0, 16.0]) * np.exp(-log_z), np.exp(-20.0 * held))
+    expected = np.log(np.sum(weights[costs + 0.05 <= 0.3]))
+    np.testing.assert_allclose(tally.log_mass(0.3, chains=EVERYONE, passes=(COOLING,)), expected, rtol=1e-9)
+    final = np.log(np.mean(np.exp(20.0 * ridges[2:]), axis=0))
+    start = REFERENCE - np.sum(KAPPA_STEPS) - np.sum(BETA_STEPS[2:])
+    np.testing.assert_allclose(tally.bound_weights(np.full(CHAINS, np.nan)), start + final, rtol=1e-9)
+    np.testing.assert_array_equal(tally.held(costs[0], ridges[0]), ridges[0])
+
+
+def test_each_temperature_is_shown_once_and_none_behind_the_wall(ridged, make_tally):
+    np.testing.assert_array_equal(ridged().shown, [True, True, True, False, False])
+    tally = make_tally()
+    tally.natural = 3
+    np.testing.assert_array_equal(tally.shown, [True, True, True, True, False])
 
 
 @pytest.mark.parametrize(("centre", "expected"), [(1.0, 0.0), (0.9, 0.0), (0.7, 3.8), (0.2, 12.5)])

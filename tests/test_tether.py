@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import volumejax as vj
-from volumejax import reference
+from volumejax import ladder, reference
 from volumejax.results import BoundKind, Kind
 
 SPREAD = np.logspace(-3, 2, 100)
@@ -64,6 +64,22 @@ def test_the_star_of_the_shell_is_what_rays_see():
         estimate = measure(problem, seed, region=vj.Star(), effort=0.06)
         check(estimate, problem.star_log_mass)
         assert estimate.region == "star"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chains", [None, 1])
+def test_a_star_whose_ridge_rises_is_the_same(monkeypatch, chains):
+    """However little its segments scatter. Mutations: the ridge's share or its part of the mixture left out."""
+    monkeypatch.setattr(ladder, "_PARTED", -1.0)
+    shell, bowl = reference.shell(3, cutoff=1e-2), reference.quadratic(1 / np.arange(1, 21), cutoff=1e-2)
+    for problem, truth in ((shell, shell.star_log_mass), (bowl, bowl.log_mass)):
+        for seed in range(3):
+            estimate = measure(problem, seed, region=vj.Star(), effort=0.06, num_chains=chains, decades=0.5)
+            assert np.isfinite(estimate.trace.blocked)
+            if chains is None:
+                check(estimate, truth)
+            else:
+                assert abs(estimate.log_mass - truth) <= 4.0 * estimate.std_error and estimate.lower <= truth
 
 
 @pytest.mark.slow

@@ -62,6 +62,8 @@ class Record(NamedTuple):
     non_finite: np.ndarray
     permitted: np.ndarray
     """Whether the chain stands inside the region; one that was drawn outside may come in, but has no weight."""
+    ridge: np.ndarray
+    """Of the star, NaN elsewhere and where nobody has looked."""
 
 
 @eqx.filter_jit
@@ -155,6 +157,11 @@ def _visit_one(
         seen = (judged * info.acceptance, judged * info.inside, info.bounces, info.non_finite)
         return position, sums + jnp.stack([x.astype(jnp.float64) for x in seen])
 
+    levels = None if ensemble.ridge is None or table.ridge is None else jnp.asarray(table.ridge)
+    if levels is not None:
+        # The maps of the κ ladder have moved the chain.
+        near = jnp.maximum(levels[jnp.maximum(here - 1, 0)], levels[here + 1]) > 0.0
+        position = jax.lax.cond(near, lambda p: ensemble.looked(p), lambda p: p, position)
     moves = count * jnp.asarray(rung.num_moves, jnp.int32)
     position, sums = jax.lax.fori_loop(jnp.int32(0), moves, move, (position, jnp.zeros(4, jnp.float64)))
     sums = sums / jnp.maximum(jnp.asarray(rung.num_moves), 1)
@@ -193,7 +200,8 @@ def _visit_one(
             ]
             shift = treedef.unflatten(goes)
         there = (jnp.asarray(table.precision)[target], jnp.asarray(table.beta)[target])
-        return ensemble.carry(position, metric, gains, shift, state, there)
+        shares = (None, None) if levels is None else (levels[here], levels[target])
+        return ensemble.carry(position, metric, gains, shift, state, there, shares)
 
     ways = (jnp.asarray([1.0, -1.0], jnp.float32), jnp.stack([here, before]), jnp.stack([here + 1, before]))
     images, works = jax.lax.map(look, ways)
@@ -221,6 +229,7 @@ def _visit_one(
         "bounces": sums[2],
         "non_finite": sums[3],
         "permitted": ensemble.permits(position.reach, d),
+        "ridge": jnp.full((), jnp.nan) if position.ridge is None else position.ridge,
     }
     # Where the image is outside the chain stays as it is: its weight is zero, and it is still a point of the region.
     side = jnp.where(ahead > here, 0, 1)

@@ -170,13 +170,14 @@ class ChainTrace(eqx.Module):
     leading: Float[Numbers, ""]
     """Largest share that a single sample has of the last factor of a star's mass; NaN for other regions and before."""
     blocked: Float[Numbers, ""]
-    """Share of the visits beyond the natural temperature whose long trajectories were all refused; NaN without any."""
+    """Share of a star's visits, where the ridge rises and on to the natural β, whose long trajectories were all
+    refused; NaN where it does not rise."""
     work_std: Float[Numbers, "gaps"]
     log_weights: Float[Numbers, "chains"]
     """Annealing weights of the cooling chains, each at most the mass in expectation."""
     betas: Float[Numbers, "temperatures"]
     energies: Float[Numbers, "temperatures"]
-    """λ̂(β) at each temperature; NaN where that is so warm that the region's wall cuts it off."""
+    """λ̂(β) at each temperature."""
     energy_errors: Float[Numbers, "temperatures"]
     heat_capacities: Float[Numbers, "temperatures"]
     """β² Var C."""
@@ -278,7 +279,7 @@ class ChainTrace(eqx.Module):
             most = f"one sample makes {100 * self.leading:.0f} % of what comes after the last temperature"
             remarks.append((f"{most}: most of the region may not have been seen", RAISE_EFFORT))
         if self.blocked > MOST_BLOCKED:
-            held = f"chains stood still at {100 * self.blocked:.0f} % of the temperatures behind the wall"
+            held = f"chains stood still on {100 * self.blocked:.0f} % of their visits on the way to the wall"
             remarks.append((f"{held}: the region beyond may be larger than they saw", RAISE_EFFORT))
         if (share := float(np.min(self.betas) / self.betas[-1])) < 1.0:
             # The temperatures end where the mean cost is the cutoff, the warmest of them unless the chains ran warmer.

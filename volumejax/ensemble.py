@@ -5,11 +5,13 @@ r"""The tethered, tempered ensemble around the anchor, in whitened coordinates.
 
 The guide E is the cost C(θ0 + s·δ) itself. For the star it is the mean of C at δ and at 0.7·δ, or where else a pilot
 finds that chains need it: the segment to the anchor bulges out of a curved valley, and chains that feel only their own
-cost end their trajectories behind its wall.
+cost end their trajectories behind its wall. Once the tether is gone the ridge, a smooth maximum of the cost along the
+segment, takes the guide's place step by step: the region's wall is there, and not where the mean is high.
 a is the prior's stiffness plus the tether κ. Where the cost has a shear, δ are its coordinates, in which the prior is
 off its own form by a toll that comes to U.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -31,13 +33,17 @@ __all__ = [
     "CHEAP",
     "FIELDS",
     "PACES",
+    "RIDGE_PRICE",
     "SHORT",
     "Ensemble",
     "Position",
+    "Ridge",
     "Rung",
     "ensemble_of",
+    "held",
     "toll_share",
     "trajectories",
+    "with_ridge",
 ]
 
 TRAJECTORIES, SHORT, PACES = 3, 12, (1.0, 0.3, 0.1)
@@ -54,6 +60,30 @@ _BULGES = (0.7,)
 0.6 and 0.85 where the prior is as wide as the parameters, at 0.2 where it is six times as wide and 0.7 is held."""
 
 
+_EYES, _SHARPNESS = 4, 24.0
+"""Places at which the ridge looks, for each of the guide's, and the share of the room below the cutoff over which it is
+smooth: one in so many."""
+RIDGE_PRICE = 1 + _EYES
+"""Gradients of the guide that one is worth where the ridge has a share."""
+
+
+class Ridge(eqx.Module):
+    """A smooth maximum of the cost along the star's segment, brought to the guide's height; float64."""
+
+    share: Float[Array, ""]
+    """What it is multiplied by."""
+    sharpness: Float[Array, ""]
+    """Per nat."""
+
+    def __call__(self, costs: Float[Array, "eyes"]) -> Float[Array, ""]:
+        """Return the ridge of these costs."""
+        return self.share * jax.scipy.special.logsumexp(self.sharpness * wide(costs)) / self.sharpness
+
+    def slope(self, costs: Float[Array, "eyes"]) -> Float[Array, "eyes"]:
+        """Return how it answers to each of them."""
+        return self.share * jax.nn.softmax(self.sharpness * wide(costs))
+
+
 class Position(eqx.Module):
     """Where a chain stands."""
 
@@ -68,6 +98,8 @@ class Position(eqx.Module):
     any."""
     toll: Float[Array, ""] | None = None
     """What the prior is off in sheared coordinates, float64 nats; U has the `toll_share` of it."""
+    ridge: Float[Array, ""] | None = None
+    """The star's ridge, float64 nats; NaN where a map has moved the chain and nobody has looked since."""
 
 
 class Rung(eqx.Module):
@@ -87,13 +119,16 @@ class Rung(eqx.Module):
     stretch: Float[Array | np.ndarray, "*levels stretches"]
     """log of the factor by which each leaf is scaled on the way to the next rung, then what comes to it times softness,
     then half the changes of log a for which it slides in either way; FIELDS · leaves numbers."""
+    ridge: Float[Array | np.ndarray, "*levels"] | None = None
+    """Share of the star's ridge in what holds the chains, the guide having the rest; such a rung may have no map."""
 
     @property
     def gradients(self) -> Any:
-        """Gradients of one visit, NumPy: those of each trajectory's steps, and one more at its start."""
+        """Gradients of the guide that one visit is worth, NumPy: a trajectory's steps, and one more at its start."""
         steps = np.asarray(self.num_steps)
         count = trajectories(steps, np.asarray(self.spread))
-        return np.asarray(self.num_moves) * (steps + (count - 1) * np.maximum(steps // SHORT, 1) + count)
+        price = 1 if self.ridge is None else np.where(np.asarray(self.ridge) > 0.0, RIDGE_PRICE, 1)
+        return price * np.asarray(self.num_moves) * (steps + (count - 1) * np.maximum(steps // SHORT, 1) + count)
 
 
 def trajectories(num_steps: Any, spread: Any) -> Any:
@@ -109,6 +144,13 @@ def toll_share(precision: Any, beta: Any) -> Array:
     return jnp.where(beta > 0.0, jnp.minimum(precision, 1.0), 0.0)
 
 
+def held(cost: Any, ridge: Any, share: Any) -> Any:
+    """Return what β multiplies, of the guide and the ridge with that share of it; None for none."""
+    if ridge is None or share is None:
+        return cost
+    return jnp.where(share > 0.0, (1.0 - share) * cost + share * ridge, cost)
+
+
 class Ensemble(eqx.Module):
     """A cost, the frame of its prior, a region and a cutoff."""
 
@@ -121,6 +163,8 @@ class Ensemble(eqx.Module):
     """For the connected region under a Gaussian prior or none."""
     bulges: tuple[float, ...] = eqx.field(static=True, default=_BULGES)
     """Where the star's guide looks at segments, beside their end."""
+    ridge: Ridge | None = None
+    """Of the star, where it is to take the guide's place."""
 
     @property
     def dimension(self) -> int:
@@ -135,7 +179,29 @@ class Ensemble(eqx.Module):
         """Return a chain that stands there and has not moved yet."""
         with jax.enable_x64(True):
             cost, _, toll = self._guide(displacement)
-            return Position(displacement, cost, self.reach(displacement, cost), self.no_virials, toll)
+            reach, ridge = self.look(displacement, cost)
+            return Position(displacement, cost, reach, self.no_virials, toll, ridge)
+
+    def steepened(
+        self, displacement: PyTree, seen: tuple[Float[Array, ""], PyTree], share: Float[Array, ""]
+    ) -> tuple[Float[Array, ""], Float[Array, ""], PyTree]:
+        """Return the ridge, the largest cost and the gradient of what holds the chains where the ridge has a share.
+
+        Args:
+            displacement: δ.
+            seen: E and its gradient there, returned in place of the last two where the share is 0; the ridge is then
+                NaN.
+            share: of the ridge, float64; not mapped over.
+        """
+        cost, slope = seen
+
+        def with_ridge() -> tuple[Array, Array, PyTree]:
+            ridge, top, steep = self.ridge_and_slope(displacement)
+            s = share.astype(jnp.float32)
+            return ridge, top, jax.tree.map(lambda g, r: (jnp.float32(1.0) - s) * g + s * r, slope, steep)
+
+        with jax.enable_x64(True):
+            return jax.lax.cond(share > 0.0, with_ridge, lambda: (jnp.full((), jnp.nan), cost, slope))
 
     def slope(
         self, displacement: PyTree, share: Float[Array, ""]
@@ -165,23 +231,44 @@ class Ensemble(eqx.Module):
 
     def value_and_slope(self, displacement: PyTree) -> tuple[Float[Array, ""], PyTree]:
         """Return E as float64 and its gradient in δ as float32."""
-        along = jnp.asarray(self.guides, jnp.float32)
-
-        def one(t: Array) -> tuple[Array, PyTree]:
-            with jax.enable_x64(self.callers_x64):
-                point = self.frame.params(jax.tree.map(lambda d: t * d, displacement))
-                cost, slope = jax.value_and_grad(self.cost)(point)
-                return cost, jax.tree.map(lambda g, s: t * (g.astype(jnp.float32) * s), slope, self.frame.scale)
-
-        costs, slopes = jax.vmap(one)(along) if len(self.guides) > 1 else one(jnp.float32(1.0))
+        if len(self.guides) > 1:
+            costs, slopes = jax.vmap(lambda t: self._slope_at(displacement, t))(jnp.asarray(self.guides, jnp.float32))
+            slopes = jax.tree.map(lambda g: jnp.mean(g, axis=0), slopes)
+        else:
+            costs, slopes = self._slope_at(displacement, jnp.float32(1.0))
         with jax.enable_x64(True):
-            mean = jnp.mean(wide(costs))
-        return mean, jax.tree.map(lambda g: jnp.mean(g, axis=0), slopes) if len(self.guides) > 1 else slopes
+            return jnp.mean(wide(costs)), slopes
+
+    def ridge_and_slope(self, displacement: PyTree) -> tuple[Float[Array, ""], Float[Array, ""], PyTree]:
+        """Return the ridge and the largest cost that it saw as float64, and the ridge's gradient in δ as float32."""
+        assert self.ridge is not None
+        costs, slopes = jax.vmap(lambda t: self._slope_at(displacement, t))(jnp.asarray(self.eyes, jnp.float32))
+        with jax.enable_x64(True):
+            shares = self.ridge.slope(costs).astype(jnp.float32)
+            seen = (self.ridge(costs), jnp.max(wide(costs)))
+        return *seen, jax.tree.map(lambda g: jnp.tensordot(shares, g, 1, precision="highest"), slopes)
+
+    def _slope_at(self, displacement: PyTree, t: Array) -> tuple[Float[Array, ""], PyTree]:
+        """Return C at t · δ and its gradient in δ as float32."""
+        with jax.enable_x64(self.callers_x64):
+            point = self.frame.params(jax.tree.map(lambda d: t * d, displacement))
+            cost, slope = jax.value_and_grad(self.cost)(point)
+            return cost, jax.tree.map(lambda g, s: t * (g.astype(jnp.float32) * s), slope, self.frame.scale)
 
     @property
     def guides(self) -> tuple[float, ...]:
         """Fractions of the segment from the anchor at which the cost holds the chains back."""
         return (1.0, *self.bulges) if isinstance(self.region, Star) else (1.0,)
+
+    @property
+    def eyes(self) -> tuple[float, ...]:
+        """Fractions of the segment at which the ridge looks, some of those that are checked."""
+        count = min(_EYES * len(self.guides), self.checks)
+        return tuple(float(self._fractions[round(i * self.checks / count) - 1]) for i in range(1, count + 1))
+
+    @property
+    def _fractions(self) -> np.ndarray:
+        return np.arange(1, self.checks + 1, dtype=np.float32) / np.float32(self.checks)
 
     def _guide(self, displacement: PyTree) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""] | None]:
         """Return E, C and the toll."""
@@ -210,23 +297,36 @@ class Ensemble(eqx.Module):
         """Evaluations beside the trajectory itself that its end costs."""
         return self.region.num_checks if isinstance(self.region, Star) else 0
 
-    def reach(self, displacement: PyTree, cost: Float[Array, ""]) -> Float[Array, ""]:
-        """Return the largest cost at the checked points between the anchor and δ, δ included; +inf for NaN.
+    def look(self, displacement: PyTree, cost: Float[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""] | None]:
+        """Return the largest cost at the checked points between the anchor and δ, δ included, and the ridge.
+
+        +inf for NaN.
 
         Args:
             displacement: δ.
             cost: E there.
         """
         with jax.enable_x64(True):
-            top = cost
+            top, ridge = cost, None
             if self.checks:
-                top = jnp.max(self.segment(displacement))
-            return jnp.where(jnp.isnan(top), jnp.inf, top)
+                costs = self.segment(displacement)
+                top = jnp.max(costs)
+                if self.ridge is not None:
+                    ridge = self.ridge(costs[np.isin(self._fractions, np.asarray(self.eyes, np.float32))])
+            return jnp.where(jnp.isnan(top), jnp.inf, top), ridge
+
+    def reach(self, displacement: PyTree, cost: Float[Array, ""]) -> Float[Array, ""]:
+        """Return the first of `look`."""
+        return self.look(displacement, cost)[0]
 
     def segment(self, displacement: PyTree) -> Float[Array, "checks"]:
         """Return C at equal steps from the anchor to δ, the last at δ, float64."""
-        fractions = jnp.arange(1, self.checks + 1, dtype=jnp.float32) / self.checks
-        return jax.lax.map(lambda t: self._cost_at(displacement, t), fractions)
+        return jax.lax.map(lambda t: self._cost_at(displacement, t), jnp.asarray(self._fractions))
+
+    def looked(self, position: Position) -> Position:
+        """Return the position with the ridge as it is there."""
+        ridge = self.look(position.displacement, position.cost)[1]
+        return Position(position.displacement, position.cost, position.reach, position.virials, position.toll, ridge)
 
     def potential(self, position: Position, precision: Array, beta: Array) -> Float[Array, ""]:
         """Return U, float64."""
@@ -282,7 +382,7 @@ class Ensemble(eqx.Module):
 
     def carry(
         self, position: Position, metric: Metric, gains: PyTree, shift: PyTree | None,
-        here: tuple[Array, Array], there: tuple[Array, Array],
+        here: tuple[Array, Array], there: tuple[Array, Array], shares: tuple[Any, Any] = (None, None),
     ) -> tuple[Position, Float[Array, ""]]:  # fmt: skip
         """Map δ on the way from one ensemble to another.
 
@@ -293,6 +393,7 @@ class Ensemble(eqx.Module):
             shift: and what is added whatever it is, float32; None for the star.
             here: (a, β) left behind.
             there: (a, β) ahead.
+            shares: of the ridge here and there.
 
         Returns:
             The image and the work U'(image) − U(δ) − log |∂image/∂δ| in nats, +inf where the image is outside.
@@ -310,13 +411,16 @@ class Ensemble(eqx.Module):
                 seen = jnp.maximum(position.reach, reach)
                 is_far = jnp.max(jax.tree.leaves(gains)[0]) > 1.0 / self.checks
                 reach = jax.lax.cond(is_far, lambda: self.reach(moved, cost), lambda: seen)
-            image = Position(moved, cost, reach, position.virials, toll)
+            ridge = position.ridge
+            if ridge is not None:
+                ridge = jnp.where(jnp.max(jnp.abs(jax.tree.leaves(gains)[0])) > 0.0, jnp.nan, ridge)
+            image = Position(moved, cost, reach, position.virials, toll, ridge)
             rounded = jax.tree.map(lambda x, y: wide(x) - wide(y), moved, d)
             middle = jax.tree.map(lambda x, y: 0.5 * (wide(x) + wide(y)), moved, d)
             growth = jax.tree.reduce(jnp.add, jax.tree.map(lambda g: jnp.sum(jnp.log1p(wide(g))), gains))
             work = (
-                there[1] * cost
-                - here[1] * position.cost
+                there[1] * held(cost, ridge, shares[1])
+                - here[1] * held(position.cost, position.ridge, shares[0])
                 + 0.5 * (there[0] - here[0]) * tree.dot(d, d)
                 + there[0] * tree.dot(rounded, middle)
                 + self.frame.pulled(rounded)
@@ -326,6 +430,19 @@ class Ensemble(eqx.Module):
                 work = work + toll_share(*there) * toll - toll_share(*here) * position.toll
             inside = self.permits(image.reach, moved)
             return image, jnp.where(inside, work, jnp.inf)
+
+
+def with_ridge(ensemble: Ensemble, anchor_cost: float, bulge: float) -> Ensemble:
+    """Return the star's ensemble with a ridge.
+
+    Args:
+        ensemble: without one.
+        anchor_cost: C(θ0), nats.
+        bulge: by how much higher than the guide the largest cost on a segment is.
+    """
+    with jax.enable_x64(True):
+        ridge = Ridge(jnp.float64(1.0 / bulge), jnp.float64(_SHARPNESS / (float(ensemble.cutoff) - anchor_cost)))
+    return dataclasses.replace(ensemble, ridge=ridge)
 
 
 def ensemble_of(

@@ -111,11 +111,15 @@ def overlap(forward: Vector, backward: Vector, difference: Vector) -> Vector:
 
 
 def log_mixture(costs: Vector, betas: Vector, counts: Vector, log_z: Vector) -> Vector:
-    """Return log Σ_k N_k exp(−β_k C − log Z_k) of each sample, shape (samples,): how densely all rungs cover it."""
+    """Return log Σ_k N_k exp(−β_k C − log Z_k) of each sample, shape (samples,): how densely all rungs cover it.
+
+    Costs may be several, shape (samples, guides), each with a β of its own, shape (rungs, guides).
+    """
     used = (counts > 0) & np.isfinite(log_z)
     if not used.any():
         return np.full(len(costs), np.nan)
-    return np.asarray(logsumexp(np.log(counts[used]) - betas[used] * costs[:, None] - log_z[used], axis=1))
+    energies = betas[used] * costs[:, None] if costs.ndim == 1 else costs @ betas[used].T
+    return np.asarray(logsumexp(np.log(counts[used]) - energies - log_z[used], axis=1))
 
 
 def log_total_mass(
@@ -128,9 +132,9 @@ def log_total_mass(
     change over twice that distance: it is smooth on the scale of their scatter, which is far larger.
 
     Args:
-        costs: of all samples, shape (samples,).
-        reaches: what has to stay below the cutoff, same shape.
-        betas: temperatures, shape (rungs,).
+        costs: of all samples, shape (samples,), or (samples, guides).
+        reaches: what has to stay below the cutoff, shape (samples,).
+        betas: temperatures, shape (rungs,), or (rungs, guides).
         counts: samples at each, shape (rungs,).
         log_z: log normalisers, shape (rungs,).
         cutoffs: ε, shape (cutoffs,).

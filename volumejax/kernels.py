@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from volumejax import tree
-from volumejax.ensemble import Ensemble, Position, Rung, toll_share
+from volumejax.ensemble import Ensemble, Position, Rung, held, toll_share
 from volumejax.frames import Walls
 from volumejax.metric import Metric
 from volumejax.tree import wide
@@ -51,6 +51,7 @@ class _Flight(eqx.Module):
     first_slope: PyTree
     cost: Float[Array, ""]
     toll: Float[Array, ""] | None
+    ridge: Float[Array, ""] | None
     legal: Bool[Array, ""]
     was_out: Bool[Array, ""]
     bounces: Int[Array, ""]
@@ -96,6 +97,7 @@ def _trajectory(
     num_steps = jnp.asarray(num_steps, jnp.int32)
     share_of_toll = toll_share(a, beta) / jnp.where(beta > 0.0, beta, 1.0)
     walls = ensemble.frame.walls
+    climbs = None if ensemble.ridge is None or rung.ridge is None else jnp.asarray(rung.ridge, jnp.float64)
     turns = _turns(ensemble, metric, h, a, masses)
 
     def flow(place: PyTree, velocity: PyTree, moves: Array) -> tuple[PyTree, PyTree, Array]:
@@ -109,8 +111,11 @@ def _trajectory(
         place, velocity, folded = flow(flight.place, flight.velocity, moves)
         displacement = metric.restored(place)
         cost, toll, slope = ensemble.slope(displacement, share_of_toll)
+        ridge, top = flight.ridge, cost
+        if climbs is not None:
+            ridge, top, slope = ensemble.steepened(displacement, (cost, slope), climbs)
         slope = metric.turned(slope)
-        permitted = ensemble.permits(cost, displacement)
+        permitted = ensemble.permits(top, displacement)
         share = jnp.where((i == 0) | (i == num_steps), jnp.float32(0.5), jnp.float32(1.0)) * h
         pulling = jax.tree.map(lambda g, d: beta * g if walls is None else beta * g + a * d, slope, place)
         kicked = jax.tree.map(lambda v, g, m: v - share * g / m, velocity, pulling, masses)
@@ -123,6 +128,7 @@ def _trajectory(
             first_slope=jax.tree.map(lambda x, y: jnp.where(moves, x, y), flight.first_slope, slope),
             cost=cost,
             toll=toll,
+            ridge=ridge,
             legal=flight.legal & folded & ~broken & (permitted | ((i < num_steps) & ~flight.was_out)),
             was_out=~permitted,
             bounces=flight.bounces + (~permitted).astype(jnp.int32),
@@ -131,13 +137,13 @@ def _trajectory(
 
     no, yes, none = jnp.zeros((), bool), jnp.ones((), bool), jnp.zeros((), jnp.int32)
     place = metric.turned(start.displacement)
-    begun = _Flight(place, launch, place, place, start.cost, start.toll, yes, no, none, none)
+    begun = _Flight(place, launch, place, place, start.cost, start.toll, start.ridge, yes, no, none, none)
     end = jax.lax.fori_loop(jnp.int32(0), num_steps + jnp.int32(1), advance, begun)
     arrived = metric.restored(end.place)
-    reach = ensemble.reach(arrived, end.cost)
+    reach, ridge = ensemble.look(arrived, end.cost)
     inside = end.legal & ensemble.permits(reach, arrived)
     error = (
-        rung.beta * (end.cost - start.cost)
+        rung.beta * (held(end.cost, ridge, climbs) - held(start.cost, start.ridge, climbs))
         + _quadratic_gain(ensemble, jnp.asarray(rung.precision), start.displacement, arrived)
         + _kinetic_gain(masses, launch, end.velocity)
     )
@@ -145,11 +151,12 @@ def _trajectory(
         error = error + toll_share(rung.precision, rung.beta) * (end.toll - start.toll)
     acceptance = jnp.where(inside & jnp.isfinite(error), jnp.exp(-jnp.maximum(error, 0.0)), 0.0)
     taken = wide(chance) < acceptance
-    stayed = (start.displacement, start.cost, start.reach, start.toll, begun.place, end.first_slope)
-    moved = (arrived, end.cost, reach, end.toll, end.place, end.slope)
-    displacement, cost, reach, toll, place, slope = jax.tree.map(lambda x, y: jnp.where(taken, x, y), moved, stayed)
+    stayed = (start.displacement, start.cost, start.reach, start.toll, start.ridge, begun.place, end.first_slope)
+    moved = (arrived, end.cost, reach, end.toll, ridge, end.place, end.slope)
+    *here, place, slope = jax.tree.map(lambda x, y: jnp.where(taken, x, y), moved, stayed)
+    displacement, cost, reach, toll, ridge = here
     virials = jnp.stack([tree.leaf_dots(v, slope) for v in ensemble.fields(metric, precisions, (a, beta), place)])
-    position = Position(displacement, cost, reach, virials, toll)
+    position = Position(displacement, cost, reach, virials, toll, ridge)
     return position, MoveInfo(acceptance, inside, end.bounces, end.non_finite)
 
 

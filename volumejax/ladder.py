@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from scipy.interpolate import PchipInterpolator
 
-from volumejax.ensemble import FIELDS, SHORT, STRETCHES, Rung, trajectories
+from volumejax.ensemble import FIELDS, RIDGE_PRICE, SHORT, STRETCHES, Rung, trajectories
 from volumejax.metric import mass_power
 
 __all__ = ["Survey", "Temperatures", "best_share", "kappa_ladder", "temperature_ladder", "trajectory_length"]
@@ -48,9 +48,12 @@ _RELEASE = 1.0
 """Energy that a step up the ladder may put into a chain, in standard deviations of its own."""
 _SETTLING = 0.4
 """Length of the trajectories at one precision: only the cost has to settle, by its stiff directions."""
-_PARTED, _WARMEST = 10.0, 0.1
-"""Nats by which segments may scatter against the guide unless temperatures go on beyond the natural one, and the share
-of that β at which they end."""
+_PARTED, _LEAST_RISES, _MOST_RISES = 10.0, 6, 40
+"""Nats by which segments may scatter against the guide unless the ridge takes its place, and rungs at least and at most
+for that."""
+_FINER, _RISING, _BEYOND = 2, 3.0, 2
+"""How many times as close rungs are there, and as long trajectories, and temperatures after the natural one, but for
+the first: the ridge hardly scatters, and weights of samples near the wall are most of the mass."""
 _DIRECT = 6
 """Lags from which on autocorrelations are summed rather than extrapolated from the first."""
 _LARGEST_STEP = 0.7
@@ -87,6 +90,7 @@ class Survey:
         beta: inverse temperature of the κ ladder.
         natural_beta: where the mean cost is the cutoff.
         unseen: scatter of β times the largest cost on a star's segments against its guide, nats.
+        bulge: how many times as high as the guide that is.
         least_spread: e-folds over which steps are spread at least.
         ends_flat: whether the ladder ends at a = 0.
     """
@@ -109,6 +113,7 @@ class Survey:
     beta: float
     natural_beta: float
     unseen: float
+    bulge: float
     least_spread: float
     ends_flat: bool
 
@@ -139,6 +144,11 @@ class Temperatures(NamedTuple):
     """The rung at the κ ladder's β."""
     natural: int
     """The rung at the natural β; what comes after it is behind the wall."""
+
+    @property
+    def rises(self) -> bool:
+        """Whether the ridge takes the guide's place."""
+        return self.rungs.ridge is not None and bool(np.any(self.rungs.ridge))
 
 
 def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: float, overhead: float = 0.0) -> Rung:
@@ -226,6 +236,7 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
         num_steps=from_reference(np.asarray(np.round(steps_x), np.float64), 2.0).astype(np.int32),
         num_moves=from_reference(np.round(np.interp(-x, -grid, density / rungs)), 0.0).astype(np.int32),
         stretch=np.concatenate([np.zeros((1, stretch.shape[1])), stretch]),
+        ridge=np.zeros(len(x) + 1),
     )
 
 
@@ -233,32 +244,44 @@ def temperature_ladder(survey: Survey, *, decades: float, most_steps: int, budge
     """Return the rungs at the prior's own stiffness from cold to natural β, by way of the κ ladder's.
 
     Neighbours differ by one and a half standard deviations of the energy, 1.5/√λ in log β. Where the largest cost
-    on a star's segments scatters against its guide, temperatures go on to where hardly any β is left: most of the mass
-    is where segments are flat and the guide is high, and no chain comes there that is held back.
+    on a star's segments scatters against its guide, the ridge takes the guide's place before β is lowered: most of the
+    mass is where segments are flat and the guide is high, and chains that feel the guide alone stand still at the wall.
 
     Args:
         survey: from the pilot.
         decades: how far the coldest β lies above the κ ladder's, in powers of ten; 0 begins with that.
         most_steps: leapfrog steps of a trajectory, at most.
-        budget: gradients per chain for one pass.
+        budget: gradients per chain for one pass; twice as many where the ridge rises.
     """
     energy = max(float(survey.confined[-1]), 0.25)
     gap = min(1.5 / np.sqrt(energy), 0.7)
     top, middle, bottom = (
         np.log(survey.beta) + decades * np.log(10.0), np.log(survey.beta), np.log(survey.natural_beta)
     )  # fmt: skip
-    above, below = (int(np.ceil((top - middle) / gap)), max(int(np.ceil((middle - bottom) / gap)), 1))
+    parted = survey.unseen > _PARTED
+    fine = _FINER if parted else 1
+    above, below = (int(np.ceil((top - middle) / gap)), max(int(np.ceil(fine * (middle - bottom) / gap)), 1))
     beta = np.exp(np.concatenate([np.linspace(top, middle, above + 1), np.linspace(middle, bottom, below + 1)[1:]]))
-    natural = above + below
-    if survey.unseen > _PARTED:
-        beta = np.concatenate([beta, survey.natural_beta * np.arange(1.0 - gap, _WARMEST, -gap)])
+    ridge, natural = np.zeros(len(beta)), above + below
+    if parted:
+        rise = fine * int(np.clip(np.ceil(survey.unseen / 1.5), _LEAST_RISES, _MOST_RISES))
+        beyond = survey.natural_beta * (1.0 - gap / fine * np.arange(1, fine * _BEYOND + 1))
+        beta = np.concatenate([beta[: above + 1], np.full(rise, survey.beta), beta[above + 1 :], beyond])
+        ridge = np.concatenate([ridge[: above + 1], np.linspace(0.0, 1.0, rise + 1)[1:], np.ones(below + len(beyond))])
+        natural += rise
     # The metric grows with β, so that the step need not shrink.
     step_size = np.full(len(beta), survey.typical_step[-1])
-    # Only the cost has to settle here, which takes a fraction of a period of the soft directions.
-    count = len(beta)
+    # Only the cost has to settle here, which takes a fraction of a period of the soft directions; where the ridge
+    # rises segments have to settle too.
+    count, rises = len(beta), (ridge > 0.0) & (beta == survey.beta)
     affordable = int(np.clip(budget / count, 8, most_steps))
-    steps = np.clip(np.ceil(_SETTLING / step_size), 2, affordable)
-    moves = int(np.clip(budget / np.sum(steps + 1.0), 1, 8))
+    length = np.where(rises, _RISING, 1.0)
+    steps = np.clip(np.ceil(length * _SETTLING / step_size), 2, affordable)
+    price = np.where(ridge > 0.0, RIDGE_PRICE, 1.0)
+    moves = np.clip(np.max(length) / length * (fine * budget / np.sum(price * (steps + 1.0))), 1, 8)
+    if parted:
+        # Chains are looked at more often where they stay.
+        moves = np.maximum(np.round(np.append(moves[:-1], 0.5 * moves[-1])), 1)
     precision = 0.0 if survey.ends_flat else float(np.exp(survey.x[-1]))
     rungs = Rung(
         precision=np.full(count, precision),
@@ -267,8 +290,9 @@ def temperature_ladder(survey: Survey, *, decades: float, most_steps: int, budge
         step_size=step_size * np.exp(0.5 * survey.spreads[-1]),
         spread=np.full(count, survey.spreads[-1]),
         num_steps=steps.astype(np.int32),
-        num_moves=np.full(count, moves, np.int32),
+        num_moves=moves.astype(np.int32),
         stretch=np.zeros((count, FIELDS * len(survey.leaf_sizes))),
+        ridge=ridge,
     )
     return Temperatures(rungs, above, natural)
 

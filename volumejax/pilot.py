@@ -349,6 +349,7 @@ def _survey(flight: Flight, stops: list[Stop], beta: float, natural: float) -> S
         beta=beta,
         natural_beta=natural,
         unseen=beta * flight.unseen(stops[-1].record),
+        bulge=flight.bulge(stops[-1].record),
         least_spread=_FEW_SPREAD if ensemble.dimension < _FEW else _CHEAP_SPREAD if small else 0.0,
         ends_flat=ensemble.frame.stiffness == 0.0,
     )

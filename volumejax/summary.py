@@ -47,8 +47,8 @@ class Plan:
 
 
 def summarise(
-    tally: Tally, plan: Plan, costs: Float[Array, "chains"], gradients: int, progress: float, *, final: bool,
-    noise: float = np.nan,
+    tally: Tally, plan: Plan, costs: Float[Array | np.ndarray, "chains"], gradients: int, progress: float, *,
+    final: bool, noise: float = np.nan,
 ) -> VolumeEstimate:  # fmt: skip
     """Reduce what is there: a bound while the chains cool, an estimate from one pass, in the end from both.
 
@@ -90,7 +90,7 @@ def summarise(
             tally, plan, base, trace, weights=weights, log_mass=lower, std_error=np.inf, lower=lower,
             kind=Kind.LOWER_BOUND, hysteresis=(cooling, heating),
         )  # fmt: skip
-    ladder = tally.ladder_error(whole.kappa_differences)
+    ladder = tally.ladder_error(whole.kappa_differences, whole.beta_differences)
     if tally.chains > 1:
         label = everyone % min(_GROUPS, tally.chains)
         without, differences = [], []
@@ -112,7 +112,8 @@ def summarise(
         ]
         shared, end = ladder, float(_jackknife(np.array([sums.log_mass for sums in without])))
         statistical = float(np.hypot(end, shared))
-        chance = 2.0 * float(np.hypot(end, tally.ladder_noise(whole.kappa_differences)))
+        noise_of_ladders = tally.ladder_noise(whole.kappa_differences, whole.beta_differences)
+        chance = 2.0 * float(np.hypot(end, noise_of_ladders))
     gap = cooling - heating
     lag = float(np.sqrt(max(gap**2 - (2.0 * chance) ** 2, 0.0))) if np.isfinite(gap) else np.inf
     systematic = lag / _LAG
@@ -189,7 +190,7 @@ def _trace(
     tally: Tally, plan: Plan, sums: tuple | None, weights: Vector, gradients: int, progress: float
 ) -> ChainTrace:
     seen = tally.kappa_seen
-    levels, temperatures = len(tally.kappa.precision), len(tally.temperature.beta)
+    levels, shown = len(tally.kappa.precision), tally.shown
     count = np.sum(~np.isnan(seen["cost"]), axis=2)
 
     def mean(name: str) -> Vector:
@@ -197,18 +198,14 @@ def _trace(
 
     acceptance, inside = mean("acceptance"), mean("inside")
     non_finite = seen["non_finite"]
-    empty = np.full(temperatures, np.nan)
+    empty = np.full(np.count_nonzero(shown), np.nan)
     integrals = (np.nan, np.nan)
     overlap = work_std = np.full(levels - 1, np.nan)
     r_hat = np.full(levels, np.nan)
     energies = errors = heat = empty
     if sums is not None:
         whole, errors = sums
-        # Beyond the natural temperature the wall cuts energies off.
-        free = np.arange(temperatures) <= tally.natural
-        energies, errors, heat = (
-            np.where(free, values, np.nan) for values in (whole.energies, errors, whole.heat_capacities)
-        )
+        energies, errors, heat = (values[shown] for values in (whole.energies, errors, whole.heat_capacities))
         overlap = tally.overlaps(whole.kappa_differences)
         works = seen["work_down"][:, :-1]
         finite = np.where(np.isfinite(works), works, np.nan)
@@ -231,7 +228,7 @@ def _trace(
         blocked=np.asarray(tally.blocked()),
         work_std=work_std,
         log_weights=weights,
-        betas=tally.temperature.beta,
+        betas=np.asarray(tally.temperature.beta)[shown],
         energies=energies,
         energy_errors=errors,
         heat_capacities=heat,

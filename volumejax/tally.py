@@ -2,7 +2,7 @@
 
 import dataclasses
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,9 @@ _BRIDGED = 3.0
 """Nats below the cutoff from which weights make up for what chains do not see."""
 _LOST = 0.01
 """Share of the gaps of the κ ladder at which a pass may have lost its chains and still be compared."""
-_STRETCHES = 24
-"""Of the ladder, as many as its error is made of: each longer than the chains remember."""
+_STRETCHES, _FEW_STRETCHES = 24, 8
+"""Of the κ ladder, as many as its error is made of: each longer than the chains remember; and of the temperatures where
+the ridge rises."""
 _HEDGE = 0.05
 """Weight in the bound of what chains said on their way down, which is left where the maps lose all of them."""
 Vector = NDArray[np.float64]
@@ -64,6 +65,7 @@ class _Joined(NamedTuple):
     log_z: Vector
     """Of each temperature, shape (rungs,)."""
     costs: Vector
+    """The guide of each sample, shape (samples,), or where the ridge has a share both, shape (samples, 2)."""
     reaches: Vector
     """Of all samples, shape (samples,)."""
     counts: Vector
@@ -98,6 +100,9 @@ class Tally:
     ) -> None:
         """Begin with nothing seen."""
         self.kappa, (self.temperature, self.joint, self.natural) = kappa, temperatures
+        beta, share = np.asarray(self.temperature.beta), self._shares
+        self.betas = np.stack([beta * (1.0 - share), beta * share], axis=1) if share.any() else beta
+        """What multiplies the costs at each temperature, shape (rungs,), or (rungs, 2) for the guide and the ridge."""
         self.log_reference, self.chains, self.anchor_cost = log_reference, chains, anchor_cost
         shape = (2, len(kappa.precision), chains)
         skipped = ("leaf_squares", "stretchings", "rises", "permitted")
@@ -108,11 +113,23 @@ class Tally:
         self._tables: dict[tuple[int, ...], list[Vector]] = {}
         self.log_weights = np.full(chains, log_reference)
         """Annealing weights of the cooling chains so far, without the final factor."""
-        self._weighed_at = float(kappa.beta[-1])
-        """β of the ensemble whose integrals they give."""
+        self._weighed_at = (float(kappa.beta[-1]), 0.0)
+        """β of the ensemble whose integrals they give, and the ridge's share there."""
         self.final_costs: list[Vector] = []
         self.on_the_way = np.full(chains, -np.inf)
         """log of the sum over the κ rungs so far of each chain's weight for the mass under that rung's tether."""
+
+    @property
+    def _shares(self) -> Vector:
+        """The ridge's at each temperature."""
+        share = self.temperature.ridge
+        return np.zeros(len(self.temperature.beta)) if share is None else np.asarray(share)
+
+    @property
+    def shown(self) -> NDArray[np.bool_]:
+        """Which temperatures say something of their own: each β once, none behind the wall, which cuts energies off."""
+        beta, rungs = np.asarray(self.temperature.beta), np.arange(len(self.temperature.beta))
+        return (rungs <= self.natural) & ~((self._shares > 0.0) & (beta == beta[self.joint]))
 
     def add_kappa(self, which: int, rungs: list[int], record: Record) -> None:
         """Enter visits to the κ ladder."""
@@ -131,15 +148,20 @@ class Tally:
     def add_temperature(self, which: int, rungs: list[int], record: Record, *, weighs: bool) -> None:
         """Enter visits to the temperature ladder; those that `weighs` take the cooling chains further down."""
         for row, rung in enumerate(rungs):
-            names = ("cost", "reach", "work_down", "work_up", "acceptance")
+            names = ("cost", "ridge", "reach", "work_down", "work_up", "acceptance")
             seen = {name: np.where(record.permitted[row], getattr(record, name)[row], np.nan) for name in names}
             self.temperature_seen.append((which, rung, seen))
             self._tables = {}
             if weighs and rung < len(self.temperature.beta) - 1:
                 self._weigh(record.work_down[row])
-                self._weighed_at = float(self.temperature.beta[rung + 1])
+                self._weighed_at = (float(self.temperature.beta[rung + 1]), float(self._shares[rung + 1]))
             elif weighs:
-                self.final_costs.append(record.cost[row])
+                self.final_costs.append(self.held(record.cost[row], record.ridge[row]))
+
+    def held(self, costs: Any, ridges: Any) -> Vector:
+        """Return what β multiplies where the cooling chains stand, from the guide and the ridge there."""
+        share = self._weighed_at[1]
+        return np.asarray(costs if share == 0.0 else (1.0 - share) * np.asarray(costs) + share * np.asarray(ridges))
 
     def _weigh(self, work: Vector) -> None:
         """Take the cooling chains one rung further; what has no weight gets none, wherever its image may lie."""
@@ -147,12 +169,15 @@ class Tally:
         self.log_weights = np.where(lost, -np.inf, self.log_weights - np.where(lost, 0.0, work))
 
     def bound_weights(self, costs: Vector) -> Vector:
-        """Return log weights, each at most the mass in expectation: of finished chains, or of those now at `costs`."""
+        """Return log weights, each at most the mass in expectation: of finished chains, or of those now at `costs`.
+
+        These are as `held` returns them.
+        """
         if self.final_costs:
             energies = self.temperature.beta[-1] * np.stack(self.final_costs)
             factor = logsumexp(energies, axis=0) - np.log(len(energies))
         else:
-            factor = self._weighed_at * costs
+            factor = self._weighed_at[0] * costs
         # A chain that was drawn outside has no weight, and perhaps no finite cost.
         return self.log_weights + np.where(np.isneginf(self.log_weights), 0.0, factor)
 
@@ -176,7 +201,7 @@ class Tally:
         if near is not None and np.sum(lost) <= max(_LOST * len(lost), 1.0):
             differences = np.where(lost, near.kappa_differences, differences)
         joined = self._join(chains, passes, near, differences)
-        return float(joined.log_masses(np.asarray(self.temperature.beta), np.array([cutoff]))[0])
+        return float(joined.log_masses(self.betas, np.array([cutoff]))[0])
 
     def sums(
         self,
@@ -191,16 +216,17 @@ class Tally:
         """Reduce the records of the given chains and passes; `near` is the result for nearly the same.
 
         With a `half`, 0 or 1, only the first or the second half of the visits to each temperature counts, in time.
+        Where the ridge rises they are samples, and ΔF is that of `near`.
         """
         joined = self._join(chains, passes, near, self._kappa_differences(chains, passes, near), half)
-        masses = joined.log_masses(np.asarray(self.temperature.beta), np.append(cutoffs, cutoff))
+        masses = joined.log_masses(self.betas, np.append(cutoffs, cutoff))
         energies, heat_capacities = self._energies(joined)
         return Sums(
             log_mass=float(masses[-1]),
             curve=masses[:-1],
             energies=energies,
             heat_capacities=heat_capacities,
-            leading=joined.leading(np.asarray(self.temperature.beta), cutoff),
+            leading=joined.leading(self.betas, cutoff),
             kappa_differences=joined.kappa_differences,
             beta_differences=joined.beta_differences,
         )
@@ -215,8 +241,10 @@ class Tally:
             visits = np.cumsum(~np.isnan(tables[0]).all(axis=2), axis=1)
             counted = (visits > 0.5 * visits[:, -1:] + 0.5) == bool(half)
             tables = [np.where(counted[:, :, None], table, np.nan) for table in tables]
-        costs, reaches, down, up = (table[:, :, chains].reshape(len(table), -1) for table in tables)
+        costs, ridges, reaches, down, up = (table[:, :, chains].reshape(len(table), -1) for table in tables)
         beta_differences = acceptance_ratio(down[:-1], up[1:], None if near is None else near.beta_differences)
+        if half is not None and near is not None and self.betas.ndim > 1:
+            beta_differences = near.beta_differences
         # Outwards from the joint rung, so that what a pass did not visit spoils nothing else. Where one pass has no
         # finite work at all, a difference is infinite, and what comes after it may be unknown.
         with np.errstate(invalid="ignore"):
@@ -224,7 +252,9 @@ class Tally:
             colder = np.cumsum(beta_differences[: self.joint][::-1])[::-1]
             warmer = -np.cumsum(beta_differences[self.joint :])
             log_z = log_end + np.concatenate([colder, [0.0], warmer])
-        present = ~np.isnan(costs)
+        if self.betas.ndim > 1:
+            costs = np.stack([costs, ridges], axis=-1)
+        present = ~np.isnan(costs).reshape(*reaches.shape, -1).any(axis=-1)
         counts = np.sum(present, axis=1).astype(float)
         return _Joined(kappa_differences, beta_differences, log_z, costs[present], reaches[present], counts)
 
@@ -236,7 +266,7 @@ class Tally:
         return acceptance_ratio(_rows(down)[:-1], _rows(up)[1:], None if near is None else near.kappa_differences)
 
     def _temperature_tables(self, passes: tuple[int, ...]) -> list[Vector]:
-        """Return costs, reaches and works down and up by rung, visit and chain, NaN where there were fewer visits."""
+        """Return costs, ridges, reaches and works down and up by rung, visit and chain; NaN where there are none."""
         if passes not in self._tables:
             rungs: list[list[dict[str, Vector]]] = [[] for _ in self.temperature.beta]
             # Passes may run side by side, and then it is chance which enters its records first.
@@ -244,7 +274,8 @@ class Tally:
                 if which in passes:
                     rungs[rung].append(seen)
             shape = (len(rungs), max(map(len, rungs)), self.chains)
-            tables = {name: np.full(shape, np.nan) for name in ("cost", "reach", "work_down", "work_up")}
+            names = ("cost", "ridge", "reach", "work_down", "work_up")
+            tables = {name: np.full(shape, np.nan) for name in names}
             for name, table in tables.items():
                 for rung, visits in enumerate(rungs):
                     for row, seen in enumerate(visits):
@@ -255,7 +286,7 @@ class Tally:
     def _energies(self, joined: _Joined) -> tuple[Vector, Vector]:
         """Return λ̂ and the heat capacity at each β, from all samples: the cost of a point is its reach."""
         beta = np.asarray(self.temperature.beta)
-        log_density = log_mixture(joined.costs, beta, joined.counts, joined.log_z)
+        log_density = log_mixture(joined.costs, self.betas, joined.counts, joined.log_z)
         inside = np.isfinite(log_density) & np.isfinite(joined.reaches)
         means, variances = np.full((2, len(beta)), np.nan)
         rise, log_density = joined.reaches[inside] - self.anchor_cost, log_density[inside]
@@ -324,38 +355,46 @@ class Tally:
             longest = np.maximum(longest, here)
         return float(np.max(longest.mean(axis=1)) / np.sum(spent))
 
-    def ladder_error(self, differences: Vector) -> float:
+    def ladder_error(self, kappa_differences: Vector, beta_differences: Vector) -> float:
         """Return the standard error of the κ ladder's ΔF from the scatter of chains on stretches of the ladder.
 
         A jackknife has as many terms as chains, and with few of them may come out near zero by chance; this has many,
         but does not know what is remembered from one stretch to the next but one. Where a pass has one chain, its
-        stretches are compared with each other: what it lags behind evenly is no scatter.
+        stretches are compared with each other: what it lags behind evenly is no scatter. Where the ridge rises the
+        temperature ladder's error is found like that too.
         """
-        parts = self._pulls(differences)
-        over = 2 if self.chains > 1 else 0
-        parts -= parts.mean(axis=over, keepdims=True)
-        variance = np.sum(parts**2) + 2.0 * max(float(np.sum(parts[1:] * parts[:-1])), 0.0)
-        return float(np.sqrt(variance * parts.shape[over] / (parts.shape[over] - 1)))
+        total, over = 0.0, 2 if self.chains > 1 else 0
+        for parts in self._pulls(kappa_differences, beta_differences):
+            about = parts - parts.mean(axis=over, keepdims=True)
+            variance = np.sum(about**2) + 2.0 * max(float(np.sum(about[1:] * about[:-1])), 0.0)
+            total += float(variance) * about.shape[over] / (about.shape[over] - 1)
+        return float(np.sqrt(total))
 
-    def ladder_noise(self, differences: Vector) -> float:
+    def ladder_noise(self, kappa_differences: Vector, beta_differences: Vector) -> float:
         """Return the part of `ladder_error` that neighbouring stretches do not share, and so is no lag."""
-        steps = np.diff(self._pulls(differences), axis=0)
-        return float(np.sqrt(0.5 * np.sum(steps**2) * _STRETCHES / (_STRETCHES - 1)))
+        parts = self._pulls(kappa_differences, beta_differences)
+        return float(
+            np.sqrt(sum(0.5 * np.sum(np.diff(part, axis=0) ** 2) * len(part) / (len(part) - 1) for part in parts))
+        )
 
     def blocked(self) -> float:
-        """Return the share of visits beyond the natural temperature that refused a chain all its long trajectories.
+        """Return the share of visits, where the ridge rises and on to the natural β, that refused a chain all its way.
 
-        NaN where there were none. Chains that stay where they were cool and heat alike, and agree.
+        NaN where it does not rise. Chains that stay where they were cool and heat alike, and agree.
         """
-        visits = [seen["acceptance"] for _, rung, seen in self.temperature_seen if rung > self.natural]
+        rises = {rung for rung, share in enumerate(self._shares) if share > 0.0 and rung <= self.natural}
+        visits = [seen["acceptance"] for _, rung, seen in self.temperature_seen if rung in rises]
         return float(np.mean(np.stack(visits) < _REFUSED)) if visits else np.nan
 
-    def _pulls(self, differences: Vector) -> Vector:
-        """Return by how much each stretch of each chain pulls the ladder's ΔF, shape (stretches, 2, chains)."""
-        down, up = (_rows(self.kappa_seen[name])[1:] for name in ("work_down", "work_up"))
-        # By gaps: there what every work down pulls is made up for by one that goes up.
-        pulls = np.add(*ratio_influences(down[:-1], up[1:], differences[1:])).reshape(-1, 2, self.chains)
-        return np.stack([part.sum(axis=0) for part in np.array_split(pulls, _STRETCHES)])
+    def _pulls(self, kappa_differences: Vector, beta_differences: Vector) -> list[Vector]:
+        """Return by how much each stretch of each chain pulls the ladders' ΔF, shapes (stretches, 2, chains)."""
+        down, up = (np.moveaxis(self.kappa_seen[name][:, 1:], 0, 1) for name in ("work_down", "work_up"))
+        found = [_pulls_of(down, up, kappa_differences[1:], 1, _STRETCHES)]
+        if self.betas.ndim > 1:
+            cooling, heating = (self._temperature_tables((which,))[3:] for which in (COOLING, HEATING))
+            down, up = (np.concatenate(both, axis=1) for both in zip(cooling, heating, strict=True))
+            found.append(_pulls_of(down, up, beta_differences, cooling[0].shape[1], _FEW_STRETCHES))
+        return found
 
     def overlaps(self, differences: Vector) -> Vector:
         """Return the overlap of each pair of neighbouring κ rungs."""
@@ -365,3 +404,21 @@ class Tally:
 def _rows(works: Vector) -> Vector:
     """Return works of shape (passes, rungs, chains) as (rungs, passes · chains)."""
     return np.moveaxis(works, 0, 1).reshape(works.shape[1], -1)
+
+
+def _pulls_of(down: Vector, up: Vector, differences: Vector, cooling: int, stretches: int) -> Vector:
+    """Return by how much each stretch of each chain pulls ΔF, shape (stretches, 2, chains).
+
+    Args:
+        down: works, shape (rungs, visits, chains).
+        up: likewise.
+        differences: ΔF between neighbours.
+        cooling: how many of the visits are the cooling pass's.
+        stretches: how many to make.
+    """
+    shape = (len(down) - 1, *down.shape[1:])
+    # By gaps: there what every work down pulls is made up for by one that goes up.
+    forward, backward = (x.reshape(len(x), -1) for x in (down[:-1], up[1:]))
+    pulls = np.add(*(pull.reshape(shape) for pull in ratio_influences(forward, backward, differences)))
+    passes = np.stack([part.sum(axis=1) for part in np.split(pulls, [cooling], axis=1)], axis=1)
+    return np.stack([part.sum(axis=0) for part in np.array_split(passes, stretches)])

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from volumejax import tree
 from volumejax.annealing import Record, begin, laid_out_like, pad
-from volumejax.ensemble import Ensemble, Position, ensemble_of
+from volumejax.ensemble import Ensemble, Position, ensemble_of, with_ridge
 from volumejax.frames import Frame, frame_of
 from volumejax.ladder import kappa_ladder, temperature_ladder
 from volumejax.metric import Metric
@@ -60,7 +60,7 @@ _MEANT = 0.01
 _FORWARDS = 3
 """Evaluations of the cost that a gradient is worth."""
 _LAST_VISITS = 24
-"""Visits of each chain to the last rung, whose costs average the final factor."""
+"""Visits of each chain to the last rung, whose costs average the final factor; twice as many where the ridge rises."""
 _FIRST_VISITS = 4
 """Visits of the heating chains beyond the end of the ladder, at its end and at the natural β, before they count."""
 _SECONDS = 2.0
@@ -303,7 +303,13 @@ class _Run:
         temperatures = temperature_ladder(
             pilot.survey, decades=self.decades, most_steps=_MOST_STEPS, budget=_TEMPERATURE * self.budget
         )
-        temperature, joint, natural = temperatures
+        temperature, joint, _ = temperatures
+        ends = pilot.ends
+        if temperatures.rises:
+            ensemble = with_ridge(ensemble, self.anchor_cost, pilot.survey.bulge)
+            with jax.enable_x64(True):
+                unseen = jnp.full_like(ends.cost, jnp.nan)
+                ends = eqx.tree_at(lambda p: p.ridge, ends, unseen, is_leaf=lambda x: x is None)
         with jax.enable_x64(True):
             first = jnp.float64(kappa.precision[0])
             log_reference = float(ensemble.frame.log_reference(first) + ensemble.frame.offset)
@@ -319,8 +325,7 @@ class _Run:
         )
         kappa_table, temperature_table = pad(kappa), pad(temperature)
         bottom, last = len(kappa.precision) - 1, len(temperature.beta) - 1
-        # Beyond the natural β the final factor is made on all rungs, and the last one tells little of it.
-        stay = max(_LAST_VISITS - (last - natural), _FIRST_VISITS)
+        stay = (2 if temperatures.rises else 1) * _LAST_VISITS
 
         def enter_kappa(which: int) -> Callable[[list[int], Record], None]:
             return lambda rungs, record: tally.add_kappa(which, rungs, record)
@@ -370,7 +375,7 @@ class _Run:
             Pass(launcher, ensemble, self.metric, self.key, self.batch_size, origin, legs)
             for launcher, origin, legs in (
                 (self.launchers[0], starts[0], cool),
-                (self.launchers[-1], laid_out_like(pilot.ends, starts[-1]), heat),
+                (self.launchers[-1], laid_out_like(ends, starts[-1]), heat),
             )
         )
         total, each = pilot.gradients + cooling.gradients + heating.gradients, len(ensemble.guides)
@@ -385,7 +390,7 @@ class _Run:
                 self.on_progress(stages(passes), spent / total)
                 if latest.leg_ended or time.perf_counter() - spoke > _SECONDS:
                     spoke, final = time.perf_counter(), cooling.ended and heating.ended
-                    costs = cooling.positions.cost
+                    costs = tally.held(cooling.positions.cost, cooling.positions.ridge)
                     yield summarise(tally, plan, costs, each * spent, spent / total, final=final, noise=noise)
 
     def _fly(self) -> Pilot:
