@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from volumejax.ensemble import FIELDS
-from volumejax.ladder import Survey, best_share, kappa_ladder, temperature_ladder, trajectory_length
+from volumejax.ladder import Survey, Temperatures, best_share, kappa_ladder, temperature_ladder, trajectory_length
 from volumejax.metric import UNKNOWN
+from volumejax.tally import Tally
 
 STOPS, TABLE, LEAVES = 41, 64, 2
 MOST_STEPS = 400
@@ -400,6 +401,12 @@ def test_the_ridge_rises_where_segments_scatter_against_the_guide():
     assert not rungs.ridge[:joint].any() and np.all(rungs.ridge[joint + rises :] == 1.0)
     assert 2 * rungs.num_steps[0] < rungs.num_steps[joint + 1] <= 3 * rungs.num_steps[-1] == 3 * rungs.num_steps[0]
     assert not usual.ridge.any()
+    # As the tally sees them, each β once; and none so warm that β would turn negative.
+    spent = Tally(rungs, Temperatures(rungs, joint, natural), 0.0, 1, 0.0)
+    assert spent.shown.sum() == joint + 1 + below
+    for few in (0.25, 4.0, 9.0):
+        warm = temperatures(dataclasses.replace(survey_of(4.0, confined=few), unseen=12.0))
+        assert np.all(warm.rungs.beta[warm.natural :] > 0.5 * warm.rungs.beta[warm.natural] - 1e-9)
     assert len(temperatures(dataclasses.replace(survey, unseen=8.0))[0].beta) == len(usual.beta)
 
 

@@ -332,10 +332,11 @@ def test_where_the_ridge_rises_the_temperatures_have_an_error_too(share):
         ladder(np.ones(count), np.full(count, 20.0)), ridge=share * np.linspace(0.0, 1.0, count)
     )
 
-    def error(visits):
+    def error(visits, joint=0):
         tally = Tally(
-            ladder(np.full(50, 3.0), np.full(50, 20.0)), Temperatures(rungs, 0, count - 1), REFERENCE, 1, ANCHOR_COST
-        )
+            ladder(np.full(50, 3.0), np.full(50, 20.0)),
+            Temperatures(rungs, joint, count - 1), REFERENCE, 1, ANCHOR_COST,
+        )  # fmt: skip
         for name in ("work_down", "work_up"):
             tally.kappa_seen[name][:] = 0.0
         for which, route in ((COOLING, range(count)), (HEATING, range(count - 1, -1, -1))):
@@ -345,9 +346,10 @@ def test_where_the_ridge_rises_the_temperatures_have_an_error_too(share):
                 tally.temperature_seen.append((which, int(rung), {**seen, "work_down": down, "work_up": up}))
         return tally.ladder_error(np.zeros(49), np.zeros(count - 1))
 
-    for visits in ((1, 1), (3, 1)):
-        errors = [error(visits) for _ in range(20)]
-        expected = share * 0.1 * np.sqrt(400 / (2 * sum(visits)))
+    # What is colder than the joint has no part in it.
+    for visits, joint in (((1, 1), 0), ((3, 1), 0), ((1, 1), 200)):
+        errors = [error(visits, joint) for _ in range(20)]
+        expected = share * 0.1 * np.sqrt((400 - joint) / (2 * sum(visits)))
         assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(expected, rel=0.2, abs=1e-9)
 
 

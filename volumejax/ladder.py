@@ -51,9 +51,10 @@ _SETTLING = 0.4
 _PARTED, _LEAST_RISES, _MOST_RISES = 10.0, 6, 40
 """Nats by which segments may scatter against the guide unless the ridge takes its place, and rungs at least and at most
 for that."""
-_FINER, _RISING, _BEYOND = 2, 3.0, 2
+_FINER, _RISING, _BEYOND, _WARMEST = 2, 3.0, 2, 0.5
 """How many times as close rungs are there, and as long trajectories, and temperatures after the natural one, but for
-the first: the ridge hardly scatters, and weights of samples near the wall are most of the mass."""
+the first, down to which share of it at most: the ridge hardly scatters, and samples near the wall are most of the mass.
+"""
 _DIRECT = 6
 """Lags from which on autocorrelations are summed rather than extrapolated from the first."""
 _LARGEST_STEP = 0.7
@@ -265,15 +266,16 @@ def temperature_ladder(survey: Survey, *, decades: float, most_steps: int, budge
     ridge, natural = np.zeros(len(beta)), above + below
     if parted:
         rise = fine * int(np.clip(np.ceil(survey.unseen / 1.5), _LEAST_RISES, _MOST_RISES))
-        beyond = survey.natural_beta * (1.0 - gap / fine * np.arange(1, fine * _BEYOND + 1))
-        beta = np.concatenate([beta[: above + 1], np.full(rise, survey.beta), beta[above + 1 :], beyond])
+        beyond = 1.0 - gap / fine * np.arange(1, fine * _BEYOND + 1)
+        beyond = survey.natural_beta * beyond[beyond > _WARMEST]
+        beta = np.concatenate([beta[: above + 1], np.full(rise, beta[above]), beta[above + 1 :], beyond])
         ridge = np.concatenate([ridge[: above + 1], np.linspace(0.0, 1.0, rise + 1)[1:], np.ones(below + len(beyond))])
         natural += rise
     # The metric grows with β, so that the step need not shrink.
     step_size = np.full(len(beta), survey.typical_step[-1])
     # Only the cost has to settle here, which takes a fraction of a period of the soft directions; where the ridge
     # rises segments have to settle too.
-    count, rises = len(beta), (ridge > 0.0) & (beta == survey.beta)
+    count, rises = len(beta), (ridge > 0.0) & (beta == beta[above])
     affordable = int(np.clip(budget / count, 8, most_steps))
     length = np.where(rises, _RISING, 1.0)
     steps = np.clip(np.ceil(length * _SETTLING / step_size), 2, affordable)

@@ -112,8 +112,9 @@ def summarise(
         ]
         shared, end = ladder, float(_jackknife(np.array([sums.log_mass for sums in without])))
         statistical = float(np.hypot(end, shared))
-        noise_of_ladders = tally.ladder_noise(whole.kappa_differences, whole.beta_differences)
-        chance = 2.0 * float(np.hypot(end, noise_of_ladders))
+        # The first visits to the last rung are nearly the one pass and the second ones the other: what sets these apart
+        # explains no hysteresis.
+        chance = 2.0 * tally.ladder_noise(whole.kappa_differences, whole.beta_differences)
     gap = cooling - heating
     lag = float(np.sqrt(max(gap**2 - (2.0 * chance) ** 2, 0.0))) if np.isfinite(gap) else np.inf
     systematic = lag / _LAG

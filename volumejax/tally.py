@@ -332,7 +332,8 @@ class Tally:
         """
         last = len(self.temperature.beta) - 1
         reaches = np.concatenate([seen["reach"] for _, rung, seen in self.temperature_seen if rung == last])
-        reaches = reaches[np.isfinite(reaches)]
+        # In whatever order passes side by side came in.
+        reaches = np.sort(reaches[np.isfinite(reaches)])
         if not reaches.size:
             return np.nan
         distance = cutoff - float(np.quantile(reaches, 0.9))
@@ -393,7 +394,9 @@ class Tally:
         if self.betas.ndim > 1:
             cooling, heating = (self._temperature_tables((which,))[3:] for which in (COOLING, HEATING))
             down, up = (np.concatenate(both, axis=1) for both in zip(cooling, heating, strict=True))
-            found.append(_pulls_of(down, up, beta_differences, cooling[0].shape[1], _FEW_STRETCHES))
+            # Colder than the joint lies the curve alone.
+            warm, split = slice(self.joint, None), cooling[0].shape[1]
+            found.append(_pulls_of(down[warm], up[warm], beta_differences[warm], split, _FEW_STRETCHES))
         return found
 
     def overlaps(self, differences: Vector) -> Vector:

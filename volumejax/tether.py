@@ -103,9 +103,10 @@ def tether_volume(
         effort: scales the number of gradients, fixed beforehand: 1 means about 120,000 per chain, for fewer than 4,810
             parameters 4,810/D times as many but at most four times, and never fewer than the ladder needs to hold
             together. The error falls like its root, the bias of slow modes like its inverse.
-        num_chains: chains of each pass; None chooses between 2 and 64 by D. At a given cost a few long chains lag
-            behind less than many short ones, least of all a single one: its error comes from stretches of the ladder
-            and from what sets the passes apart, and other parts of the region are found only by that.
+        num_chains: chains of each pass, or the next multiple of its devices; None chooses between 2 and 64 by D. At a
+            given cost a few long chains lag behind less than many short ones, least of all a single one: its error
+            comes from stretches of the ladder and from what sets the passes apart, and other parts of the region are
+            found only by that.
         beta_factor: multiplies the automatic inverse temperature; the answer does not depend on it, but well below 1
             the chains of a network press on the wall and are slow.
         escort: largest share of a free direction's stretch that the maps between levels may take, 0 for plain weights.
