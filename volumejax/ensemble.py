@@ -325,8 +325,7 @@ class Ensemble(eqx.Module):
 
     def looked(self, position: Position) -> Position:
         """Return the position with the ridge as it is there."""
-        ridge = self.look(position.displacement, position.cost)[1]
-        return Position(position.displacement, position.cost, position.reach, position.virials, position.toll, ridge)
+        return dataclasses.replace(position, ridge=self.look(position.displacement, position.cost)[1])
 
     def potential(self, position: Position, precision: Array, beta: Array) -> Float[Array, ""]:
         """Return U, float64."""
