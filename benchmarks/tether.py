@@ -127,7 +127,7 @@ def runs(problem: reference.Reference, num_seeds: int, **options: Any) -> list[v
     ]
 
 
-def calibrate(num_seeds: int = 200) -> None:
+def calibrate(chains: int | None, num_seeds: int = 200) -> None:
     """Print how estimates scatter against their errors, and how often the bound lies above the truth."""
     print("| problem | seeds | rms of (estimate − truth)/SE | mean | bound violated | other kinds | SE | s each |")
     print("|---|---|---|---|---|---|---|---|")
@@ -137,7 +137,7 @@ def calibrate(num_seeds: int = 200) -> None:
         (reference.rank_one(3, 5, cutoff=1e-2), 0.02),
     ):
         began = time.perf_counter()
-        made = runs(problem, num_seeds, effort=effort, decades=0.5)
+        made = runs(problem, num_seeds, effort=effort, decades=0.5, num_chains=chains)
         seconds = (time.perf_counter() - began) / num_seeds
         claimed = [e for e in made if e.kind == vj.Kind.ESTIMATE]
         off = np.array([(e.log_mass - problem.log_mass) / e.std_error for e in claimed])
@@ -150,7 +150,7 @@ def calibrate(num_seeds: int = 200) -> None:
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def compare(num_seeds: int = 8) -> None:
+def compare(chains: int | None, num_seeds: int = 8) -> None:
     """Print root mean square errors of three readings of the same runs, and how far the bound lies below the truth."""
     print("| problem | escort | Bennett's ratio | integrated | with the virial | bound below the truth | not mixed |")
     print("|---|---|---|---|---|---|---|")
@@ -160,7 +160,7 @@ def compare(num_seeds: int = 8) -> None:
         (reference.tanh_neuron(3, 5, cutoff=1e-4), 0.03),
     ):
         for escort in (1.0, 0.0):
-            made = runs(problem, num_seeds, effort=effort, escort=escort, decades=0.0)
+            made = runs(problem, num_seeds, effort=effort, escort=escort, decades=0.0, num_chains=chains)
             off = np.array([(e.log_mass, e.trace.integrated, e.trace.integrated_virial) for e in made], float)
             errors = np.sqrt(np.mean((off - problem.log_mass) ** 2, axis=0))
             below = np.mean([problem.log_mass - e.lower for e in made])
@@ -190,7 +190,7 @@ def main() -> None:
     use_every_core()
     for name, study in STUDIES.items():
         if name in arguments.problems:
-            study()
+            study(arguments.chains)
     problems = [name for name in arguments.problems if name not in STUDIES]
     if not problems:
         return

@@ -118,33 +118,37 @@ def test_records_are_of_the_rungs_visited(journey):
     np.testing.assert_allclose(log.pulled[0], pulled, rtol=1e-10)
 
 
-def test_the_ridge_is_known_where_it_rises(journey):
-    """Maps of the κ ladder leave it unknown; and chains need not move."""
-    _, _, send = journey
-    assert np.isnan(send(ROUTE)[1].ridge).all()
+def test_the_ridge_and_the_ray_are_known_where_the_ensemble_has_one(journey):
+    """Chains come from an ensemble without a ridge, and go back to it; they need not move."""
+    plain, start, send = journey
+    usual = send(ROUTE)[1]
+    assert np.isnan(usual.ridge).all() and np.isnan(usual.ray_end).all() and np.isnan(usual.ray_costs).all()
     anchor = jnp.zeros(3)
     plain = ensemble_of(lambda x: jnp.sum(x**2), frame_of(Gaussian(1.0), anchor), cutoff=50.0, region=Star(8))
     star = with_ridge(plain, 0.0, 1.5)
     rungs = dataclasses.replace(
-        jax.tree.map(lambda x: x[:5], ladder()),
-        precision=np.array([3.0, 2.0, 1.0, 1.0, 1.0]),
-        num_moves=np.zeros(5, np.int32),
-        beta=np.full(5, 4.0),
-        masses=np.ones((5, 1)),
-        stretch=np.outer([0.2, 0.2, 0.0, 0.0, 0.0], [1.0] + (FIELDS - 1) * [0.0]),
-        ridge=np.array([0.0, 0.0, 0.0, 0.25, 1.0]),
+        jax.tree.map(lambda x: x[:3], ladder()),
+        precision=np.ones(3),
+        num_moves=np.zeros(3, np.int32),
+        beta=np.full(3, 4.0),
+        masses=np.ones((3, 1)),
+        stretch=np.zeros((3, FIELDS)),
+        ridge=np.array([0.0, 0.25, 1.0]),
     )
     key, metric = jax.random.key(5), plain_metric(anchor, turns=True)
     with jax.enable_x64(True):
-        start = begin(star, key, jnp.float64(3.0), jnp.arange(CHAINS, dtype=jnp.int32), None)
-    sent = set_out(star, metric, key, start, pad(rungs), [0, 1, 2, 3, 4, 4], 0, None)
-    log = sent.record()
-    assert np.isnan(log.ridge[1]).all() and np.isfinite(log.ridge[[0, 2, 3, 4]]).all()
-    ends = jax.vmap(star.position)(sent.ends.displacement)
-    np.testing.assert_allclose(log.ridge[2:], np.repeat(np.asarray(ends.ridge)[None], 3, axis=0), rtol=1e-6)
-    rise = 4.0 * (log.ridge - log.cost)
-    np.testing.assert_allclose(log.work_down[2:4], [0.25 * rise[2], 0.75 * rise[3]], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(log.work_up[3:], [-0.25 * rise[3], -0.75 * rise[4]], rtol=1e-4, atol=1e-5)
+        start = begin(plain, key, jnp.float64(3.0), jnp.arange(CHAINS, dtype=jnp.int32), None)
+    for batch_size in (None, 2):
+        sent = set_out(star, metric, key, start, pad(rungs), [0, 1, 2, 2], 0, batch_size)
+        log = sent.record()
+        ends = jax.vmap(star.position)(sent.ends.displacement)
+        np.testing.assert_allclose(log.ridge, np.repeat(np.asarray(ends.ridge)[None], 3, axis=0), rtol=1e-6)
+        rise = 4.0 * (log.ridge - log.cost)
+        np.testing.assert_allclose(log.work_down[:2], [0.25 * rise[0], 0.75 * rise[1]], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(log.work_up[1:], [-0.25 * rise[1], -0.75 * rise[2]], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(log.ray_costs[..., -1], log.ray_end**2 * log.square, rtol=1e-5)
+    back = set_out(plain, metric, key, sent.ends, pad(dataclasses.replace(rungs, ridge=None)), [0, 1], 0, None)
+    assert back.ends.ridge is None and np.isnan(back.record().ridge).all()
 
 
 def test_works_by_hand(journey):

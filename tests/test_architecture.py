@@ -21,7 +21,7 @@ LAYERS = [
     ["low_rank"],
     ["tempering"],
     ["casting", "tuning", "ensemble"],
-    ["kernels", "ladder", "response"],
+    ["kernels", "ladder", "response", "sample_rays"],
     ["annealing", "particles"],
     ["flight", "passes", "release", "tally", "descent"],
     ["pilot"],

@@ -260,3 +260,18 @@ def test_an_unknown_prior():
                 return jnp.zeros(())
 
         frame_of(Mixture(), PARAMS)
+
+
+@pytest.mark.parametrize("prior", PRIORS.values(), ids=PRIORS)
+@hypothesis.given(seed=st.integers(0, 10**6))
+def test_a_point_may_be_taken_as_far_as_the_support_goes(prior, seed):
+    frame = frame_of(prior, PARAMS)
+    point = tree.normal_like(jax.random.key(seed), PARAMS)
+    furthest = float(frame.exit(point))
+    assert np.isinf(float(frame.exit(ZEROS)))
+    if frame.walls is None and frame.ball is None:
+        assert np.isinf(furthest)
+        return
+    at = lambda share: bool(frame.supports(jax.tree.map(lambda d: jnp.float32(share * furthest) * d, point)))
+    # From a corner nearly all ways lead out.
+    assert at(0.9999) and (furthest == 0.0 or not at(1.0001))

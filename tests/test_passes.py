@@ -41,9 +41,12 @@ def make_pass():
         def enter(rungs, record):
             entered.append((rungs, record))
 
-        legs = [Leg(stage, table, [0, 1, 2, 3, 3, 3], 0, enter), Leg("back", table, [3, 2, 1, 1], 1, enter)]
+        legs = [
+            Leg(stage, ensemble, table, [0, 1, 2, 3, 3, 3], 0, enter),
+            Leg("back", ensemble, table, [3, 2, 1, 1], 1, enter),
+        ]
         metric = plain_metric(PARAMS, turns=True)
-        return Pass(Launcher(None), ensemble, metric, jax.random.key(2), None, start, legs), entered, rungs
+        return Pass(Launcher(None), metric, jax.random.key(2), None, start, legs), entered, rungs
 
     return make
 

@@ -65,7 +65,8 @@ def estimate_of(
     With a `guide`, of a star: all samples have the same but for one of the cooling pass's last that has so much more.
     With a `share`, the ridge has it at the last temperature, and is all samples' cost.
     """
-    temperatures = dataclasses.replace(ladder(np.ones(3), BETAS), ridge=share * np.array([0.0, 0.0, 1.0]))
+    shares = share * np.array([0.0, 0.0, 1.0])
+    temperatures = dataclasses.replace(ladder(np.ones(3), BETAS), ridge=shares if share else None)
     tally = Tally(
         ladder(np.array([9.0, 9.0, 3.0, 1.0]), np.array([0.0, 20.0, 20.0, 20.0])),
         Temperatures(temperatures, 1, natural), reference, chains, 0.0,

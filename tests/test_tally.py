@@ -15,6 +15,7 @@ import pytest
 from volumejax.annealing import Record
 from volumejax.ensemble import FIELDS, Rung
 from volumejax.ladder import Temperatures
+from volumejax.sample_rays import SampleRays
 from volumejax.tally import COOLING, HEATING, Tally
 
 CHAINS, LEVELS, JOINT = 8, 4, 2
@@ -328,9 +329,8 @@ def test_where_the_ridge_rises_the_temperatures_have_an_error_too(share):
     Mutations: passes split at the wrong visit, the work of the way up paired off with the rung below.
     """
     rng, count = np.random.default_rng(0), 401
-    rungs = dataclasses.replace(
-        ladder(np.ones(count), np.full(count, 20.0)), ridge=share * np.linspace(0.0, 1.0, count)
-    )
+    shares = share * np.linspace(0.0, 1.0, count)
+    rungs = dataclasses.replace(ladder(np.ones(count), np.full(count, 20.0)), ridge=shares if share else None)
 
     def error(visits, joint=0):
         tally = Tally(
@@ -381,11 +381,11 @@ SHARES = np.array([0.0, 0.0, 0.0, 0.5, 1.0])
 def ridged():
     """The rungs after the joint are at its β, and the ridge rises there."""
 
-    def made():
+    def made(rays=None):
         rungs = dataclasses.replace(ladder(np.ones(5), np.append(BETAS[:3], BETAS[[2, 2]])), ridge=SHARES)
         return Tally(
             ladder(np.array([9.0, 9.0, 3.0, 1.0]), np.array([0.0, 20.0, 20.0, 20.0])),
-            Temperatures(rungs, JOINT, 3), REFERENCE, CHAINS, ANCHOR_COST,
+            Temperatures(rungs, JOINT, 3), REFERENCE, CHAINS, ANCHOR_COST, rays,
         )  # fmt: skip
 
     return made
@@ -422,6 +422,46 @@ def test_a_ridge_counts_in_the_mixture_with_its_share(ridged):
     start = REFERENCE - np.sum(KAPPA_STEPS) - np.sum(BETA_STEPS[2:])
     np.testing.assert_allclose(tally.bound_weights(np.full(CHAINS, np.nan)), start + final, rtol=1e-9)
     np.testing.assert_array_equal(tally.held(costs[0], ridges[0]), ridges[0])
+
+
+class PlantedRays(SampleRays):
+    """J and I by formulas of what chains stand for, in place of what is found along their rays."""
+
+    def __init__(self):
+        self.cutoffs = np.array([0.1, 0.3])
+
+    def integrals(self, ends, costs, squares, pulled):
+        rise = costs.sum(axis=1)
+        return (ends * squares)[:, None] + np.array([0.0, 1.0]), np.outer(rise * pulled, np.arange(5.0) + 1.0)
+
+
+def test_rays_count_in_place_of_samples(ridged):
+    """Against the sum over rays by hand, with a chain that was not permitted, and in the bound.
+
+    Mutations: a cutoff's column for another's, rungs nobody saw in the mixture, the last rung's I for the first.
+    """
+    tally, rng = ridged(PlantedRays()), np.random.default_rng(0)
+    enter_kappa(tally, COOLING)
+    visited = [2, 3, 4, 4]
+    ends, squares, pulled, rays = rng.uniform(0.5, 1.5, (4, 4, CHAINS))
+    permitted = np.ones((4, CHAINS), bool)
+    permitted[1, 2] = False
+    seen = record(visited, BETA_STEPS, costs_at(visited, 1))._replace(
+        ray_end=ends, square=squares, pulled=pulled, ray_costs=rays[..., None], permitted=permitted
+    )
+    tally.add_temperature(COOLING, visited, seen, weighs=True)
+    counts = np.array([8.0, 7.0, 16.0])
+    mixture = np.sum(counts * np.exp(-LOG_Z[2:] + (pulled * rays)[..., None] * np.array([3.0, 4.0, 5.0])), axis=-1)
+    for cutoff, column in ((0.1, 0.0), (0.3, 1.0)):
+        weights = (np.exp(ends * squares + column) / mixture)[permitted]
+        mass = tally.log_mass(cutoff, chains=EVERYONE, passes=(COOLING,))
+        np.testing.assert_allclose(mass, np.log(np.sum(weights)), rtol=1e-9)
+    sums = tally.sums(np.array([0.1]), 0.3, chains=EVERYONE, passes=(COOLING,))
+    np.testing.assert_allclose([sums.curve[0] + 1.0, sums.log_mass], mass, rtol=1e-9)
+    assert sums.leading == pytest.approx(weights.max() / weights.sum())
+    final = np.log(np.mean(np.exp((ends * squares + 1.0 - 5.0 * pulled * rays)[2:]), axis=0))
+    start = REFERENCE - np.sum(KAPPA_STEPS) - np.sum(BETA_STEPS[2:])
+    np.testing.assert_allclose(tally.bound_weights(np.full(CHAINS, np.nan)), start + final, rtol=1e-9)
 
 
 def test_each_temperature_is_shown_once_and_none_behind_the_wall(ridged, make_tally):

@@ -19,6 +19,7 @@ from volumejax.kernels import hmc
 from volumejax.metric import Metric
 from volumejax.parallel import spread
 from volumejax.results import to_host
+from volumejax.sample_rays import look_along
 
 __all__ = ["MOST_VISITS", "Journey", "Record", "begin", "laid_out_like", "pad", "set_out", "slopes"]
 
@@ -63,7 +64,11 @@ class Record(NamedTuple):
     permitted: np.ndarray
     """Whether the chain stands inside the region; one that was drawn outside may come in, but has no weight."""
     ridge: np.ndarray
-    """Of the star, NaN elsewhere and where nobody has looked."""
+    """Of the star with a ridge, NaN elsewhere."""
+    ray_end: np.ndarray
+    """Likewise, how far the chain's ray was followed, as `look_along` finds it."""
+    ray_costs: np.ndarray
+    """And the costs on it; axes [visits, chains, POINTS], elsewhere one NaN for all."""
 
 
 @eqx.filter_jit
@@ -158,10 +163,6 @@ def _visit_one(
         return position, sums + jnp.stack([x.astype(jnp.float64) for x in seen])
 
     levels = None if ensemble.ridge is None or table.ridge is None else jnp.asarray(table.ridge)
-    if levels is not None:
-        # The maps of the κ ladder have moved the chain.
-        near = jnp.maximum(levels[jnp.maximum(here - 1, 0)], levels[here + 1]) > 0.0
-        position = jax.lax.cond(near, lambda p: ensemble.looked(p), lambda p: p, position)
     moves = count * jnp.asarray(rung.num_moves, jnp.int32)
     position, sums = jax.lax.fori_loop(jnp.int32(0), moves, move, (position, jnp.zeros(4, jnp.float64)))
     sums = sums / jnp.maximum(jnp.asarray(rung.num_moves), 1)
@@ -213,6 +214,9 @@ def _visit_one(
             position.virials, ensemble.fields(metric, *scene(here), place), (sizes, sizes, 0.0, 0.0), strict=True
         )
     ]
+    ray_end, ray_costs = jnp.full((), jnp.nan), jnp.full(1, jnp.nan)
+    if ensemble.ridge is not None:
+        ray_end, ray_costs = look_along(ensemble, d)
     seen = {
         "cost": position.cost,
         "reach": position.reach,
@@ -230,6 +234,8 @@ def _visit_one(
         "non_finite": sums[3],
         "permitted": ensemble.permits(position.reach, d),
         "ridge": jnp.full((), jnp.nan) if position.ridge is None else position.ridge,
+        "ray_end": ray_end,
+        "ray_costs": ray_costs,
     }
     # Where the image is outside the chain stays as it is: its weight is zero, and it is still a point of the region.
     side = jnp.where(ahead > here, 0, 1)
@@ -248,6 +254,24 @@ def slopes(
         return jax.tree.leaves(ensemble.slope(displacement, jnp.asarray(share_of_toll, jnp.float32))[2])
 
     return jax.lax.map(one, positions.displacement, batch_size=batch_size or len(positions.cost))
+
+
+def _fitted(ensemble: Ensemble, positions: Position, batch_size: int | None) -> Position:
+    """Return positions with the ridge, where the ensemble has one, or without."""
+    if (positions.ridge is None) == (ensemble.ridge is None):
+        return positions
+    ridge = None
+    if ensemble.ridge is not None:
+        with jax.enable_x64(True):
+            ridge = jax.device_put(_ridges(ensemble, positions, batch_size), positions.cost.sharding)
+    return eqx.tree_at(lambda p: p.ridge, positions, ridge, is_leaf=lambda x: x is None)
+
+
+@eqx.filter_jit
+def _ridges(ensemble: Ensemble, positions: Position, batch_size: int | None) -> Float[Array, "chains"] | None:
+    if batch_size is None:
+        return jax.vmap(ensemble.looked)(positions).ridge
+    return jax.lax.map(ensemble.looked, positions, batch_size=batch_size).ridge
 
 
 def laid_out_like(positions: Position, model: Position) -> Position:
@@ -305,7 +329,8 @@ def set_out(
         ensemble: the target.
         metric: of the moves.
         key: visit k of chain i uses `fold_in(fold_in(key, first + k), i)`, so that results do not depend on the cut.
-        positions: of all chains, leading axis; on their devices the program runs.
+        positions: of all chains, leading axis; on their devices the program runs. They may come from an ensemble with
+            a ridge to one without, or the other way.
         table: from `pad`.
         route: rungs, each a neighbour of the one before or the same.
         first: number of visits before.
@@ -315,6 +340,7 @@ def set_out(
     count = len(route) - 1
     if not 0 < count <= MOST_VISITS:
         raise ValueError(f"a route takes between 1 and {MOST_VISITS} visits, got {count}")
+    positions = _fitted(ensemble, positions, batch_size)
     padded = jnp.asarray(np.pad(np.asarray(route, np.int32), (0, MOST_VISITS - count), mode="edge"))
     indices = jnp.asarray(np.arange(len(positions.cost)) if chains is None else chains, jnp.int32)
     ends, log = _travel(

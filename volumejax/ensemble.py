@@ -277,11 +277,12 @@ class Ensemble(eqx.Module):
                 cost, slip = self.shear(self.frame.params(displacement))
             with jax.enable_x64(True):
                 return wide(cost), wide(cost), self._toll(displacement, wide(slip))
-        costs = [self._cost_at(displacement, t) for t in self.guides]
+        costs = [self.cost_at(displacement, t) for t in self.guides]
         with jax.enable_x64(True):
             return jnp.mean(jnp.stack(costs)), costs[0], None
 
-    def _cost_at(self, displacement: PyTree, t: Any) -> Float[Array, ""]:
+    def cost_at(self, displacement: PyTree, t: Any) -> Float[Array, ""]:
+        """Return C at t · δ, float64."""
         with jax.enable_x64(self.callers_x64):
             cost = self.cost(self.frame.params(jax.tree.map(lambda d: t * d, displacement)))
         with jax.enable_x64(True):
@@ -321,7 +322,7 @@ class Ensemble(eqx.Module):
 
     def segment(self, displacement: PyTree) -> Float[Array, "checks"]:
         """Return C at equal steps from the anchor to δ, the last at δ, float64."""
-        return jax.lax.map(lambda t: self._cost_at(displacement, t), jnp.asarray(self._fractions))
+        return jax.lax.map(lambda t: self.cost_at(displacement, t), jnp.asarray(self._fractions))
 
     def looked(self, position: Position) -> Position:
         """Return the position with the ridge as it is there."""

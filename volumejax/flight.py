@@ -216,7 +216,6 @@ class Flight:
             num_steps=np.full(3, steps, np.int32),
             num_moves=np.array([0, 1, 1], np.int32),
             stretch=np.stack([self.pending, 0.0 * self.pending, 0.0 * self.pending]),
-            ridge=np.zeros(3),
         )
         self.pending = 0.0 * self.pending
         table = pad(rung)

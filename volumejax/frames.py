@@ -79,6 +79,30 @@ class Frame(eqx.Module):
                 inside = inside & (tree.dot(from_centre, from_centre) <= wide(self.ball.radius) ** 2)
             return inside
 
+    def exit(self, displacement: PyTree) -> Float[Array, ""]:
+        """Return the factor by which a point may be taken away from the anchor before it leaves the support; float64.
+
+        +inf where it never does.
+        """
+        with jax.enable_x64(True):
+            furthest = jnp.full((), jnp.inf, jnp.float64)
+            if self.walls is not None:
+
+                def least(d: Array, low: Array, high: Array) -> Array:
+                    d, wall = wide(d), wide(jnp.where(d > 0.0, high, low))
+                    return jnp.min(jnp.where(d == 0.0, jnp.inf, wall / jnp.where(d == 0.0, 1.0, d)), initial=jnp.inf)
+
+                factors = jax.tree.map(least, displacement, self.walls.low, self.walls.high)
+                furthest = jax.tree.reduce(jnp.minimum, factors)
+            if self.ball is not None:
+                # |t d + c| = R
+                square, across = tree.dot(displacement, displacement), tree.dot(displacement, self.ball.centre)
+                room = wide(self.ball.radius) ** 2 - tree.dot(self.ball.centre, self.ball.centre)
+                root = jnp.sqrt(jnp.maximum(across**2 + square * room, 0.0))
+                leaves = (root - across) / jnp.where(square > 0.0, square, 1.0)
+                furthest = jnp.where(square > 0.0, leaves, furthest)
+            return furthest
+
     def log_reference(self, precision: Float[Array, ""]) -> Float[Array, ""]:
         """Return log ∫ exp(−½ a|δ|² − b·δ) dδ, over the box where there is one; float64."""
         with jax.enable_x64(True):

@@ -51,10 +51,12 @@ _SETTLING = 0.4
 _PARTED, _LEAST_RISES, _MOST_RISES = 10.0, 6, 40
 """Nats by which segments may scatter against the guide unless the ridge takes its place, and rungs at least and at most
 for that."""
-_FINER, _RISING, _BEYOND, _WARMEST = 2, 3.0, 2, 0.5
-"""How many times as close rungs are there, and as long trajectories, and temperatures after the natural one, but for
-the first, down to which share of it at most: the ridge hardly scatters, and samples near the wall are most of the mass.
-"""
+_FINER, _DEARER, _RISING, _BEYOND, _WARMEST = 2, 4, 3.0, 2, 0.5
+"""How many times as close rungs are there, as many gradients, and as long trajectories, and temperatures after the
+natural one, but for the first, down to which share of it at most: the ridge hardly scatters, and the mass is near the
+wall."""
+_STAYING = 0.25
+"""Share of a rung's moves that a visit to the last one has: chains are looked at more often where they stay."""
 _DIRECT = 6
 """Lags from which on autocorrelations are summed rather than extrapolated from the first."""
 _LARGEST_STEP = 0.7
@@ -149,7 +151,18 @@ class Temperatures(NamedTuple):
     @property
     def rises(self) -> bool:
         """Whether the ridge takes the guide's place."""
-        return self.rungs.ridge is not None and bool(np.any(self.rungs.ridge))
+        return self.rungs.ridge is not None
+
+    @property
+    def shares(self) -> Vector:
+        """The ridge's at each temperature."""
+        return np.zeros(len(self.rungs.beta)) if self.rungs.ridge is None else np.asarray(self.rungs.ridge)
+
+    @property
+    def betas(self) -> Vector:
+        """What multiplies the costs at each, shape (rungs,), or where the ridge rises (rungs, 2), guide and ridge."""
+        beta, share = np.asarray(self.rungs.beta), self.shares
+        return np.stack([beta * (1.0 - share), beta * share], axis=1) if self.rises else beta
 
 
 def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: float, overhead: float = 0.0) -> Rung:
@@ -237,7 +250,6 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
         num_steps=from_reference(np.asarray(np.round(steps_x), np.float64), 2.0).astype(np.int32),
         num_moves=from_reference(np.round(np.interp(-x, -grid, density / rungs)), 0.0).astype(np.int32),
         stretch=np.concatenate([np.zeros((1, stretch.shape[1])), stretch]),
-        ridge=np.zeros(len(x) + 1),
     )
 
 
@@ -252,7 +264,7 @@ def temperature_ladder(survey: Survey, *, decades: float, most_steps: int, budge
         survey: from the pilot.
         decades: how far the coldest β lies above the κ ladder's, in powers of ten; 0 begins with that.
         most_steps: leapfrog steps of a trajectory, at most.
-        budget: gradients per chain for one pass; twice as many where the ridge rises.
+        budget: gradients per chain for one pass; four times as many where the ridge rises.
     """
     energy = max(float(survey.confined[-1]), 0.25)
     gap = min(1.5 / np.sqrt(energy), 0.7)
@@ -280,10 +292,10 @@ def temperature_ladder(survey: Survey, *, decades: float, most_steps: int, budge
     length = np.where(rises, _RISING, 1.0)
     steps = np.clip(np.ceil(length * _SETTLING / step_size), 2, affordable)
     price = np.where(ridge > 0.0, RIDGE_PRICE, 1.0)
-    moves = np.clip(np.max(length) / length * (fine * budget / np.sum(price * (steps + 1.0))), 1, 8)
+    dearer = _DEARER if parted else 1
+    moves = np.clip(np.max(length) / length * (dearer * budget / np.sum(price * (steps + 1.0))), 1, 8 * fine)
     if parted:
-        # Chains are looked at more often where they stay.
-        moves = np.maximum(np.round(np.append(moves[:-1], 0.5 * moves[-1])), 1)
+        moves = np.maximum(np.round(np.append(moves[:-1], _STAYING * moves[-1])), 1)
     precision = 0.0 if survey.ends_flat else float(np.exp(survey.x[-1]))
     rungs = Rung(
         precision=np.full(count, precision),
@@ -294,7 +306,7 @@ def temperature_ladder(survey: Survey, *, decades: float, most_steps: int, budge
         num_steps=steps.astype(np.int32),
         num_moves=moves.astype(np.int32),
         stretch=np.zeros((count, FIELDS * len(survey.leaf_sizes))),
-        ridge=ridge,
+        ridge=ridge if parted else None,
     )
     return Temperatures(rungs, above, natural)
 

@@ -32,6 +32,8 @@ class Leg(NamedTuple):
     """A route over one ladder, and where its records go."""
 
     stage: str
+    ensemble: Ensemble
+    """With a ridge or without, whatever that of the leg before."""
     table: Rung
     route: list[int]
     tag: int
@@ -53,17 +55,11 @@ class Pass:
     """The chains of one pass, and how far they are."""
 
     def __init__(
-        self, launcher: Launcher, ensemble: Ensemble, metric: Metric, key: Key[Array, ""], batch_size: int | None,
+        self, launcher: Launcher, metric: Metric, key: Key[Array, ""], batch_size: int | None,
         origin: Position, legs: Sequence[Leg],
     ) -> None:  # fmt: skip
         """Begin at `origin`, with nothing asked for; the cut into calls does not change the result."""
-        self.launcher, self.ensemble, self.metric, self.key, self.batch_size = (
-            launcher,
-            ensemble,
-            metric,
-            key,
-            batch_size,
-        )
+        self.launcher, self.metric, self.key, self.batch_size = launcher, metric, key, batch_size
         self.positions, self.legs = origin, list(legs)
         """Where the chains stood when the latest record was entered, and the legs before them."""
         self.spent, self.stage = 0, self.legs[0].stage
@@ -97,7 +93,7 @@ class Pass:
         route = leg.route[self._done : self._done + self._count + 1]
         key = jax.random.fold_in(self.key, leg.tag)
         self._journey = self.launcher.launch(
-            set_out, self.ensemble, self.metric, key, self.positions, leg.table, route, self._done, self.batch_size
+            set_out, leg.ensemble, self.metric, key, self.positions, leg.table, route, self._done, self.batch_size
         )
 
     def arrive(self) -> None:

@@ -67,7 +67,7 @@ def summarise(
         "pareto_k": np.nan,
         "noise": noise,
     }
-    if not tally.final_costs:
+    if not tally.final_factors:
         return _estimate(
             tally, plan, base, trace, weights=weights, log_mass=lower, std_error=np.inf, lower=lower,
             kind=Kind.LOWER_BOUND, hysteresis=(np.nan, np.nan),

@@ -12,6 +12,7 @@ from volumejax.annealing import Record
 from volumejax.ensemble import Rung
 from volumejax.free_energy import acceptance_ratio, log_mixture, log_total_mass, overlap, ratio_influences
 from volumejax.ladder import Temperatures
+from volumejax.sample_rays import SampleRays
 
 __all__ = ["COOLING", "HEATING", "Sums", "Tally"]
 
@@ -70,18 +71,38 @@ class _Joined(NamedTuple):
     """Of all samples, shape (samples,)."""
     counts: Vector
     """Samples at each temperature, shape (rungs,)."""
+    rays: SampleRays | None
+    masses: Vector | None
+    """Of the samples' rays, by what `rays` finds: shape (samples, cutoffs)."""
+    densities: Vector | None
+    """Likewise, shape (samples, rungs)."""
 
     def log_masses(self, betas: Vector, cutoffs: Vector) -> Vector:
+        if self.rays is not None:
+            return np.asarray(logsumexp(self._log_weights(cutoffs), axis=0))
         return log_total_mass(self.costs, self.reaches, betas, self.counts, self.log_z, cutoffs)
 
     def leading(self, betas: Vector, cutoff: float) -> float:
         """Return the largest share that one sample has of the mass; NaN where samples near the cutoff stand for all."""
-        if np.array_equal(self.costs, self.reaches):
+        if self.rays is not None:
+            weights = self._log_weights(np.array([cutoff]))[:, 0]
+        elif np.array_equal(self.costs, self.reaches):
             return np.nan
-        weights = -log_mixture(self.costs, betas, self.counts, self.log_z)[self.reaches <= cutoff]
+        else:
+            weights = -log_mixture(self.costs, betas, self.counts, self.log_z)[self.reaches <= cutoff]
         if not np.isfinite(weights).any():
             return np.nan
         return float(1.0 / np.sum(np.exp(weights - np.max(weights))))
+
+    def _log_weights(self, cutoffs: Vector) -> Vector:
+        """Return what each sample's ray counts up to each cutoff, shape (samples, cutoffs)."""
+        assert self.rays is not None and self.masses is not None and self.densities is not None
+        used = (self.counts > 0) & np.isfinite(self.log_z)
+        if not used.any():
+            return np.full((len(self.masses), len(cutoffs)), np.nan)
+        levels = np.log(self.counts[used]) - self.log_z[used]
+        mixture = np.asarray(logsumexp(levels + self.densities[:, used], axis=1, keepdims=True))
+        return self.masses[:, self.rays.columns(cutoffs)] - mixture
 
 
 class Tally:
@@ -93,37 +114,33 @@ class Tally:
         log_reference: log normaliser of the reference in the measure of δ.
         chains: number of chains of each pass.
         anchor_cost: C(θ0).
+        rays: what samples' rays are measured by, where the ridge rises; the samples alone count if None.
     """
 
     def __init__(
-        self, kappa: Rung, temperatures: Temperatures, log_reference: float, chains: int, anchor_cost: float
-    ) -> None:
+        self, kappa: Rung, temperatures: Temperatures, log_reference: float, chains: int, anchor_cost: float,
+        rays: SampleRays | None = None,
+    ) -> None:  # fmt: skip
         """Begin with nothing seen."""
         self.kappa, (self.temperature, self.joint, self.natural) = kappa, temperatures
-        beta, share = np.asarray(self.temperature.beta), self._shares
-        self.betas = np.stack([beta * (1.0 - share), beta * share], axis=1) if share.any() else beta
-        """What multiplies the costs at each temperature, shape (rungs,), or (rungs, 2) for the guide and the ridge."""
+        self.betas, self._shares, self.rises = temperatures.betas, temperatures.shares, temperatures.rises
+        self.rays = rays
         self.log_reference, self.chains, self.anchor_cost = log_reference, chains, anchor_cost
         shape = (2, len(kappa.precision), chains)
-        skipped = ("leaf_squares", "stretchings", "rises", "permitted")
+        skipped = ("leaf_squares", "stretchings", "rises", "permitted", "ray_costs", "ray_end")
         self.kappa_seen = {name: np.full(shape, np.nan) for name in Record._fields if name not in skipped}
         self.squares: list[dict[int, Vector]] = [{}, {}]
         """Of each pass and rung: the leaves' |δ|², shape (chains, leaves)."""
         self.temperature_seen: list[tuple[int, int, dict[str, Vector]]] = []
-        self._tables: dict[tuple[int, ...], list[Vector]] = {}
+        self._tables: dict[tuple[int, ...], dict[str, Vector]] = {}
         self.log_weights = np.full(chains, log_reference)
         """Annealing weights of the cooling chains so far, without the final factor."""
         self._weighed_at = (float(kappa.beta[-1]), 0.0)
         """β of the ensemble whose integrals they give, and the ridge's share there."""
-        self.final_costs: list[Vector] = []
+        self.final_factors: list[Vector] = []
+        """log of what takes their weights to the region's mass, at each last visit, shape (chains,)."""
         self.on_the_way = np.full(chains, -np.inf)
         """log of the sum over the κ rungs so far of each chain's weight for the mass under that rung's tether."""
-
-    @property
-    def _shares(self) -> Vector:
-        """The ridge's at each temperature."""
-        share = self.temperature.ridge
-        return np.zeros(len(self.temperature.beta)) if share is None else np.asarray(share)
 
     @property
     def shown(self) -> NDArray[np.bool_]:
@@ -150,13 +167,23 @@ class Tally:
         for row, rung in enumerate(rungs):
             names = ("cost", "ridge", "reach", "work_down", "work_up", "acceptance")
             seen = {name: np.where(record.permitted[row], getattr(record, name)[row], np.nan) for name in names}
+            if self.rays is not None:
+                masses, densities = self.rays.integrals(
+                    *(getattr(record, name)[row] for name in ("ray_end", "ray_costs", "square", "pulled"))
+                )
+                for name, values in (("masses", masses), ("densities", densities)):
+                    seen[name] = np.where(record.permitted[row][:, None], values, np.nan)
             self.temperature_seen.append((which, rung, seen))
             self._tables = {}
             if weighs and rung < len(self.temperature.beta) - 1:
                 self._weigh(record.work_down[row])
                 self._weighed_at = (float(self.temperature.beta[rung + 1]), float(self._shares[rung + 1]))
             elif weighs:
-                self.final_costs.append(self.held(record.cost[row], record.ridge[row]))
+                if self.rays is None:
+                    factors = np.asarray(self.temperature.beta[rung] * self.held(record.cost[row], record.ridge[row]))
+                else:
+                    factors = seen["masses"][:, -1] - seen["densities"][:, rung]
+                self.final_factors.append(factors)
 
     def held(self, costs: Any, ridges: Any) -> Vector:
         """Return what β multiplies where the cooling chains stand, from the guide and the ridge there."""
@@ -173,9 +200,8 @@ class Tally:
 
         These are as `held` returns them.
         """
-        if self.final_costs:
-            energies = self.temperature.beta[-1] * np.stack(self.final_costs)
-            factor = logsumexp(energies, axis=0) - np.log(len(energies))
+        if self.final_factors:
+            factor = logsumexp(self.final_factors, axis=0) - np.log(len(self.final_factors))
         else:
             factor = self._weighed_at[0] * costs
         # A chain that was drawn outside has no weight, and perhaps no finite cost.
@@ -238,12 +264,15 @@ class Tally:
         """Join neighbouring rungs of both ladders by the works of the given chains and passes."""
         tables = self._temperature_tables(passes)
         if half is not None:
-            visits = np.cumsum(~np.isnan(tables[0]).all(axis=2), axis=1)
-            counted = (visits > 0.5 * visits[:, -1:] + 0.5) == bool(half)
-            tables = [np.where(counted[:, :, None], table, np.nan) for table in tables]
-        costs, ridges, reaches, down, up = (table[:, :, chains].reshape(len(table), -1) for table in tables)
+            visits = np.cumsum(~np.isnan(tables["cost"]).all(axis=2), axis=1)
+            left_out = (visits > 0.5 * visits[:, -1:] + 0.5) != bool(half)
+            tables = {name: table.copy() for name, table in tables.items()}
+            for table in tables.values():
+                table[left_out] = np.nan
+        tables = {name: table[:, :, chains].reshape(len(table), -1, *table.shape[3:]) for name, table in tables.items()}
+        costs, down, up = (tables[name] for name in ("cost", "work_down", "work_up"))
         beta_differences = acceptance_ratio(down[:-1], up[1:], None if near is None else near.beta_differences)
-        if half is not None and near is not None and self.betas.ndim > 1:
+        if half is not None and near is not None and self.rises:
             beta_differences = near.beta_differences
         # Outwards from the joint rung, so that what a pass did not visit spoils nothing else. Where one pass has no
         # finite work at all, a difference is infinite, and what comes after it may be unknown.
@@ -252,11 +281,17 @@ class Tally:
             colder = np.cumsum(beta_differences[: self.joint][::-1])[::-1]
             warmer = -np.cumsum(beta_differences[self.joint :])
             log_z = log_end + np.concatenate([colder, [0.0], warmer])
-        if self.betas.ndim > 1:
-            costs = np.stack([costs, ridges], axis=-1)
-        present = ~np.isnan(costs).reshape(*reaches.shape, -1).any(axis=-1)
-        counts = np.sum(present, axis=1).astype(float)
-        return _Joined(kappa_differences, beta_differences, log_z, costs[present], reaches[present], counts)
+        if self.rises:
+            costs = np.stack([costs, tables["ridge"]], axis=-1)
+        present = ~np.isnan(costs).reshape(*down.shape, -1).any(axis=-1)
+        by_ray = [tables[name] for name in ("masses", "densities")] if self.rays is not None else []
+        for found in by_ray:
+            present &= ~np.isnan(found).any(axis=-1)
+        masses, densities = (found[present] for found in by_ray) if by_ray else (None, None)
+        return _Joined(
+            kappa_differences, beta_differences, log_z, costs[present], tables["reach"][present],
+            np.sum(present, axis=1).astype(float), self.rays, masses, densities,
+        )  # fmt: skip
 
     def _kappa_differences(self, chains: NDArray, passes: tuple[int, ...], near: Sums | None) -> Vector:
         rungs = np.arange(len(self.kappa.precision))
@@ -265,22 +300,21 @@ class Tally:
         down[:, 0] = self.kappa_seen["work_down"][COOLING, 0, chains]
         return acceptance_ratio(_rows(down)[:-1], _rows(up)[1:], None if near is None else near.kappa_differences)
 
-    def _temperature_tables(self, passes: tuple[int, ...]) -> list[Vector]:
-        """Return costs, ridges, reaches and works down and up by rung, visit and chain; NaN where there are none."""
+    def _temperature_tables(self, passes: tuple[int, ...]) -> dict[str, Vector]:
+        """Return what was seen by rung, visit and chain; NaN where there is nothing."""
         if passes not in self._tables:
             rungs: list[list[dict[str, Vector]]] = [[] for _ in self.temperature.beta]
             # Passes may run side by side, and then it is chance which enters its records first.
             for which, rung, seen in sorted(self.temperature_seen, key=operator.itemgetter(0)):
                 if which in passes:
                     rungs[rung].append(seen)
-            shape = (len(rungs), max(map(len, rungs)), self.chains)
-            names = ("cost", "ridge", "reach", "work_down", "work_up")
-            tables = {name: np.full(shape, np.nan) for name in names}
+            shape = (len(rungs), max(map(len, rungs)))
+            tables = {name: np.full((*shape, *x.shape), np.nan) for name, x in self.temperature_seen[0][2].items()}
             for name, table in tables.items():
                 for rung, visits in enumerate(rungs):
                     for row, seen in enumerate(visits):
                         table[rung, row] = seen[name]
-            self._tables[passes] = list(tables.values())
+            self._tables[passes] = tables
         return self._tables[passes]
 
     def _energies(self, joined: _Joined) -> tuple[Vector, Vector]:
@@ -391,11 +425,11 @@ class Tally:
         """Return by how much each stretch of each chain pulls the ladders' ΔF, shapes (stretches, 2, chains)."""
         down, up = (np.moveaxis(self.kappa_seen[name][:, 1:], 0, 1) for name in ("work_down", "work_up"))
         found = [_pulls_of(down, up, kappa_differences[1:], 1, _STRETCHES)]
-        if self.betas.ndim > 1:
-            cooling, heating = (self._temperature_tables((which,))[3:] for which in (COOLING, HEATING))
-            down, up = (np.concatenate(both, axis=1) for both in zip(cooling, heating, strict=True))
+        if self.rises:
+            cooling, heating = (self._temperature_tables((which,)) for which in (COOLING, HEATING))
+            down, up = (np.concatenate([cooling[way], heating[way]], axis=1) for way in ("work_down", "work_up"))
             # Colder than the joint lies the curve alone.
-            warm, split = slice(self.joint, None), cooling[0].shape[1]
+            warm, split = slice(self.joint, None), cooling["work_down"].shape[1]
             found.append(_pulls_of(down[warm], up[warm], beta_differences[warm], split, _FEW_STRETCHES))
         return found
 

@@ -34,6 +34,7 @@ from volumejax.passes import Leg, Pass, stages, walk
 from volumejax.pilot import Pilot, fly
 from volumejax.regions import Connected, Star
 from volumejax.results import VolumeEstimate, last_estimate
+from volumejax.sample_rays import SampleRays
 from volumejax.shear import Shear, find_shear
 from volumejax.summary import Plan, summarise
 from volumejax.tally import COOLING, HEATING, Tally
@@ -60,7 +61,7 @@ _MEANT = 0.01
 _FORWARDS = 3
 """Evaluations of the cost that a gradient is worth."""
 _LAST_VISITS = 24
-"""Visits of each chain to the last rung, whose costs average the final factor; twice as many where the ridge rises."""
+"""Visits of each chain to the last rung, whose costs average the final factor."""
 _FIRST_VISITS = 4
 """Visits of the heating chains beyond the end of the ladder, at its end and at the natural β, before they count."""
 _SECONDS = 2.0
@@ -305,20 +306,18 @@ class _Run:
             pilot.survey, decades=self.decades, most_steps=_MOST_STEPS, budget=_TEMPERATURE * self.budget
         )
         temperature, joint, _ = temperatures
-        ends = pilot.ends
-        if temperatures.rises:
-            ensemble = with_ridge(ensemble, self.anchor_cost, pilot.survey.bulge)
-            with jax.enable_x64(True):
-                unseen = jnp.full_like(ends.cost, jnp.nan)
-                ends = eqx.tree_at(lambda p: p.ridge, ends, unseen, is_leaf=lambda x: x is None)
+        # The ensemble at the temperatures.
+        held = with_ridge(ensemble, self.anchor_cost, pilot.survey.bulge) if temperatures.rises else ensemble
         with jax.enable_x64(True):
             first = jnp.float64(kappa.precision[0])
             log_reference = float(ensemble.frame.log_reference(first) + ensemble.frame.offset)
-        tally = Tally(kappa, temperatures, log_reference, self.chains, self.anchor_cost)
+        depths = np.logspace(-self.decades, 0.0, 1 + round(8 * self.decades))
+        cutoffs = self.anchor_cost + (cutoff - self.anchor_cost) * depths
+        rays = SampleRays(held, self.anchor_cost, cutoffs, temperatures.betas) if temperatures.rises else None
+        tally = Tally(kappa, temperatures, log_reference, self.chains, self.anchor_cost, rays)
         plan = Plan(
             cutoff=cutoff,
-            cutoffs=self.anchor_cost
-            + (cutoff - self.anchor_cost) * np.logspace(-self.decades, 0.0, 1 + round(8 * self.decades)),
+            cutoffs=cutoffs,
             dimension=ensemble.dimension,
             prior_term=self.prior_term,
             proper=self.proper,
@@ -326,7 +325,6 @@ class _Run:
         )
         kappa_table, temperature_table = pad(kappa), pad(temperature)
         bottom, last = len(kappa.precision) - 1, len(temperature.beta) - 1
-        stay = (2 if temperatures.rises else 1) * _LAST_VISITS
 
         def enter_kappa(which: int) -> Callable[[list[int], Record], None]:
             return lambda rungs, record: tally.add_kappa(which, rungs, record)
@@ -335,25 +333,31 @@ class _Run:
             return lambda rungs, record: tally.add_temperature(which, rungs, record, weighs=weighs)
 
         cool = [
-            Leg("cooling", kappa_table, [*range(bottom + 1), bottom], _COOL, enter_kappa(COOLING)),
+            Leg("cooling", ensemble, kappa_table, [*range(bottom + 1), bottom], _COOL, enter_kappa(COOLING)),
             Leg(
                 "cooling",
+                held,
                 temperature_table,
-                [*range(joint, last), *[last] * (stay + 1)],
+                [*range(joint, last), *[last] * (_LAST_VISITS + 1)],
                 _RELEASE,
                 enter_temperature(COOLING, True),
             ),
         ]
         if joint > 0:
             there_and_back = [*range(last, -1, -1), *range(last + 1), last]
-            cool.append(Leg("curve", temperature_table, there_and_back, _CURVE, enter_temperature(COOLING, False)))
+            cool.append(
+                Leg("curve", held, temperature_table, there_and_back, _CURVE, enter_temperature(COOLING, False))
+            )
         over = jax.tree.map(lambda x: np.repeat(x[-1:], 2, axis=0), kappa)
         over = eqx.tree_at(lambda r: r.precision, over, over.precision * np.array([_OVERSHOOT, 1.0]))
         heat = [
-            Leg("heating", pad(over), [0] * _FIRST_VISITS + [1] * (_FIRST_VISITS + 1), _OVER, lambda *_: None),
+            Leg(
+                "heating", ensemble, pad(over), [0] * _FIRST_VISITS + [1] * (_FIRST_VISITS + 1), _OVER, lambda *_: None
+            ),
             # They come from a colder β, as the cooling pass does: its lag must not be theirs too.
             Leg(
                 "heating",
+                held,
                 temperature_table,
                 [*range(joint, last), *[last] * (_FIRST_VISITS + 1)],
                 _WARM,
@@ -361,22 +365,23 @@ class _Run:
             ),
             Leg(
                 "heating",
+                held,
                 temperature_table,
-                [*[last] * stay, *range(last, joint - 1, -1), joint],
+                [*[last] * _LAST_VISITS, *range(last, joint - 1, -1), joint],
                 _SETTLE,
                 enter_temperature(HEATING, False),
             ),
-            Leg("heating", kappa_table, [*range(bottom, 0, -1), 1], _HEAT, enter_kappa(HEATING)),
+            Leg("heating", ensemble, kappa_table, [*range(bottom, 0, -1), 1], _HEAT, enter_kappa(HEATING)),
         ]
         if ensemble.frame.stiffness == 0.0:
             heat = heat[1:]
         key, indices = jax.random.fold_in(self.key, _START), jnp.arange(self.chains, dtype=jnp.int32)
         starts = [begin(ensemble, key, first, indices, launcher.mesh) for launcher in self.launchers]
         cooling, heating = (
-            Pass(launcher, ensemble, self.metric, self.key, self.batch_size, origin, legs)
+            Pass(launcher, self.metric, self.key, self.batch_size, origin, legs)
             for launcher, origin, legs in (
                 (self.launchers[0], starts[0], cool),
-                (self.launchers[-1], laid_out_like(ends, starts[-1]), heat),
+                (self.launchers[-1], laid_out_like(pilot.ends, starts[-1]), heat),
             )
         )
         total, each = pilot.gradients + cooling.gradients + heating.gradients, len(ensemble.guides)

@@ -1,0 +1,118 @@
+"""Rays of samples against closed forms and brute quadrature.
+
+Mutations these catch: a wall found at a sample's own cost alone, the ridge at the guide's places, β of the guide for
+that of the ridge, the prior's pull with the wrong sign, t^D for t^(D−1) dt, the prior's own wall forgotten.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from volumejax.ensemble import ensemble_of, with_ridge
+from volumejax.frames import frame_of
+from volumejax.priors import Gaussian, UniformBall, UniformBox
+from volumejax.regions import Star
+from volumejax.sample_rays import POINTS, SampleRays, look_along
+
+CUTOFF = 0.1
+
+
+def star(cost, anchor, prior, bulges=(0.7,), cutoff=CUTOFF):
+    plain = ensemble_of(cost, frame_of(prior, anchor), cutoff=cutoff, region=Star(16))
+    return with_ridge(dataclasses.replace(plain, bulges=bulges), 0.0, 1.4)
+
+
+def humped(x):
+    """Along the first axis 3 s² but for a hump where s is near 0.1."""
+    return 3.0 * jnp.sum(x**2) + 0.04 * jnp.exp(-300.0 * jnp.sum((x - jnp.array([0.1, 0.0, 0.0])) ** 2))
+
+
+def along(ensemble, *points):
+    """What a record holds of chains that stand there."""
+    displacements = jnp.asarray(points, jnp.float32)
+    ends, costs = (np.asarray(x) for x in jax.vmap(lambda d: look_along(ensemble, d))(displacements))
+    pulled = np.asarray(jax.vmap(ensemble.frame.pulled)(displacements))
+    return ends, costs, np.sum(np.square(np.asarray(displacements, float)), axis=1), pulled
+
+
+@pytest.mark.parametrize("length", [1e-3, 0.1, 0.9])
+def test_a_ray_is_followed_to_somewhat_beyond_the_wall(length):
+    """To a cost of CUTOFF at t = 1/length, or as far as anybody looks."""
+    ensemble = star(lambda x: CUTOFF * jnp.sum(x**2), jnp.zeros(3), Gaussian(1.0))
+    (end,), (costs,), *_ = along(ensemble, [length, 0.0, 0.0])
+    wall = min(1.0 / length, 32.0)
+    assert wall <= end <= 1.1001 * wall
+    np.testing.assert_allclose(costs, CUTOFF * (length * end * np.arange(1, POINTS + 1) / POINTS) ** 2, rtol=1e-5)
+
+
+def test_a_ray_ends_where_the_prior_does_and_nan_is_a_wall():
+    flat = lambda x: 0.0 * jnp.sum(x)
+    for prior, expected in ((UniformBox(-1.0, 3.0), 4.0), (UniformBall(1.0), 1.0 / np.sqrt(0.3125))):
+        ensemble = star(flat, jnp.zeros(5), prior)
+        (end,), *_ = along(ensemble, np.array([-0.25, 0.5, 0.0, 0.0, 0.0]) / np.asarray(ensemble.frame.scale))
+        np.testing.assert_allclose(end, expected, rtol=1e-6)
+    # Of two dimensions a prior leaves e⁻⁶⁰ of its density at 11 standard deviations.
+    ensemble = star(flat, jnp.zeros(2), Gaussian(1.0))
+    assert 10.0 < along(ensemble, [1.0, 0.0])[0][0] < 14.0
+    torn = star(lambda x: jnp.where(x[0] > 0.5, jnp.nan, jnp.sum(x**2) / 100.0), jnp.zeros(2), Gaussian(1.0))
+    (end,), (costs,), *_ = along(torn, [0.25, 0.0])
+    assert 2.0 < end < 2.21 and np.isinf(costs[-1]) and np.isfinite(costs[: int(2.0 / end * POINTS)]).all()
+
+
+def by_hand(ensemble, rays, point):
+    """J and I on a grid of a hundred thousand points in t, of the cost itself."""
+    t = np.linspace(0.0, 3.0, 100_001)[1:]
+    places = jnp.asarray(np.outer(t, point) * np.asarray(ensemble.frame.scale), jnp.float32)
+    cost = np.asarray(jax.vmap(ensemble.cost)(places), float)
+    at = lambda fraction: np.interp(fraction * t, t, cost, left=0.0)
+    reach = np.max([at(f) for f in np.arange(1, 17) / 16], axis=0)
+    guide = np.mean([at(g) for g in ensemble.guides], axis=0)
+    sharpness = float(ensemble.ridge.sharpness)
+    ridge = float(ensemble.ridge.share) / sharpness * np.log(sum(np.exp(sharpness * at(f)) for f in ensemble.eyes))
+    pull = 0.0 if ensemble.frame.pull is None else np.sum(np.asarray(ensemble.frame.pull) * point)
+    prior = (len(point) - 1) * np.log(t) - 0.5 * ensemble.frame.stiffness * np.sum(point**2) * t**2 - pull * t
+    density = lambda inside, energy: np.log(np.sum(inside * np.exp(prior - energy)) * (t[1] - t[0]))
+    inside = np.cumsum(reach > CUTOFF) == 0
+    masses = [density(np.cumsum(reach > cutoff) == 0, 0.0) for cutoff in rays.cutoffs]
+    return masses, [density(inside, guide * b + ridge * c) for b, c in rays.betas]
+
+
+@pytest.mark.parametrize("prior", [Gaussian(0.5, jnp.array([0.3, -0.2, 0.1])), UniformBox(-0.3, 0.3)])
+def test_integrals_along_rays_against_brute_quadrature(prior):
+    """A hump on the first ray cuts off the two lower cutoffs, and the prior's wall the second ray."""
+    ensemble = star(humped, jnp.zeros(3), prior, bulges=(0.5, 0.3))
+    cutoffs = np.array([0.02, 0.05, 0.08, CUTOFF])
+    betas = np.array([[60.0, 0.0], [30.0, 30.0], [0.0, 60.0], [0.0, 20.0]])
+    rays, unit = SampleRays(ensemble, 0.0, cutoffs, betas), np.asarray(ensemble.frame.scale)
+    points = np.array([[0.15, 0.0, 0.0], [0.08, 0.1, -0.02], [-0.05, -0.07, 0.03]]) / unit
+    found = rays.integrals(*along(ensemble, *points))
+    for chain, point in enumerate(points):
+        for values, expected in zip(found, by_hand(ensemble, rays, point), strict=True):
+            np.testing.assert_allclose(values[chain], expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("dimension", [1, 10, 5000, 100_000])
+def test_in_many_dimensions_too(dimension):
+    """Of ½ h |δ|² J is closed, and I nearly so: guide and ridge are that cost but for factors."""
+    stiff = 0.5 * dimension / CUTOFF
+    ensemble = star(lambda x: stiff * jnp.sum(x**2) / dimension, jnp.zeros(dimension), UniformBall(1e3), bulges=())
+    # In units of the ball's own width.
+    wall = np.sqrt(CUTOFF * dimension / stiff) / float(ensemble.frame.scale)
+    betas = np.array([0.0, 0.5, 1.0, 3.0]) * stiff
+    rays = SampleRays(ensemble, 0.0, np.array([0.25 * CUTOFF, CUTOFF]), np.stack([betas, 0.0 * betas], axis=1))
+    depths = np.array([0.05, 0.3, 0.9, 0.99])
+    points = np.outer(depths * wall, np.full(dimension, 1.0 / np.sqrt(dimension)))
+    masses, densities = rays.integrals(*along(ensemble, *points))
+    # With t = s/depth, ∫ t^(D−1) dt up to the wall is depth^(−D)/D.
+    log = -dimension * np.log(depths) - np.log(dimension)
+    # What is left is the rounding of the costs.
+    near = 2e-3 + 3e-7 * dimension
+    np.testing.assert_allclose(masses, np.stack([log - dimension * np.log(2.0), log], axis=1), atol=near)
+    s = np.exp(np.linspace(-2.0 - 40.0 / dimension, 0.0, 400_001))
+    for beta, found in zip(betas, densities.T, strict=True):
+        logs = dimension * np.log(s) - beta * CUTOFF * s**2
+        expected = np.log(np.trapezoid(np.exp(logs - logs.max()), np.log(s))) + logs.max() - dimension * np.log(depths)
+        np.testing.assert_allclose(found, expected, atol=near)
