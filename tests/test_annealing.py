@@ -147,6 +147,7 @@ def test_the_ridge_and_the_ray_are_known_where_the_ensemble_has_one(journey):
         np.testing.assert_allclose(log.work_down[:2], [0.25 * rise[0], 0.75 * rise[1]], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(log.work_up[1:], [-0.25 * rise[1], -0.75 * rise[2]], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(log.ray_costs[..., -1], log.ray_end**2 * log.square, rtol=1e-5)
+        np.testing.assert_allclose(log.ray_costs[..., -1], 50.0, rtol=1e-5)
     back = set_out(plain, metric, key, sent.ends, pad(dataclasses.replace(rungs, ridge=None)), [0, 1], 0, None)
     assert back.ends.ridge is None and np.isnan(back.record().ridge).all()
 

@@ -16,7 +16,7 @@ from volumejax.annealing import Record
 from volumejax.ensemble import FIELDS, Rung
 from volumejax.ladder import Temperatures
 from volumejax.sample_rays import SampleRays
-from volumejax.tally import COOLING, HEATING, Tally
+from volumejax.tally import COOLING, HEATING, PARTS, Tally
 
 CHAINS, LEVELS, JOINT = 8, 4, 2
 BETAS = np.array([80.0, 40.0, 20.0, 10.0, 5.0])
@@ -271,28 +271,32 @@ def test_a_pass_lost_at_one_gap_is_compared_at_the_others(whole):
     assert not np.isfinite(tally.log_mass(0.3, chains=EVERYONE, passes=(COOLING,), near=both))
 
 
-def test_halves_are_cut_in_time_at_each_temperature(make_tally):
-    """The cooling pass goes before the heating pass, whichever was entered first; the ladder belongs to both halves.
+def test_stretches_are_cut_in_time_at_each_temperature(make_tally):
+    """The cooling pass goes before the heating pass, whichever was entered first; ΔF is that of all visits.
 
-    Mutations: the middle visit in both halves, records in the order of their entry, the ladder cut as well.
+    Mutations: records in the order of their entry, a sample in no stretch or in two, ΔF of the samples left, all visits
+    of a pass in one stretch.
     """
     tally = make_tally()
     for which in (COOLING, HEATING):
         enter_kappa(tally, which)
-    heating = enter_temperature(tally, HEATING, [2, 3, 4], 1)
-    cooling = enter_temperature(tally, COOLING, [2, 3, 4, 4], 2)
-    first, second = (tally.sums(CUTOFFS, 0.3, chains=EVERYONE, half=half) for half in (0, 1))
+    heating = enter_temperature(tally, HEATING, [4, 4, 4, 3, 2], 1)
+    cooling = enter_temperature(tally, COOLING, [2, 3, 4, 4, 4], 2)
+    costs = [[cooling[0], heating[4]], [cooling[1], heating[3]], [*cooling[2:], *heating[:3]]]
     whole = tally.sums(CUTOFFS, 0.3, chains=EVERYONE)
-    for half in (first, second):
-        assert np.array_equal(half.kappa_differences, whole.kappa_differences)
-    # Of three visits to the last rung the first half has two.
     log_z = REFERENCE - KAPPA_STEPS.sum() - np.concatenate([[0.0], np.cumsum(BETA_STEPS[JOINT:])])
-    for half, costs in ((first, [cooling]), (second, [heating])):
-        together = np.concatenate([x.ravel() for x in costs])
-        counts = np.array([CHAINS, CHAINS, together.size - 2 * CHAINS])
+    # Visits in the middle of the first and of the second half, each rung's a stretch later than the one before.
+    stretches = [[(1 + 2) % 6, (4 + 2) % 6], [(1 + 3) % 6, (4 + 3) % 6], [(i + 4) % 6 for i in range(6)]]
+    assert PARTS == 6
+    for part in range(PARTS):
+        left = tally.sums(CUTOFFS, 0.3, chains=EVERYONE, near=whole, without=part)
+        np.testing.assert_allclose(left.beta_differences[JOINT:], whole.beta_differences[JOINT:])
+        kept = [[x for x, at in zip(*of, strict=True) if at != part] for of in zip(costs, stretches, strict=True)]
+        counts = np.array([CHAINS * len(x) for x in kept])
+        together = np.concatenate([x for of in kept for x in of])
         density = np.sum(counts * np.exp(-BETAS[JOINT:] * together[:, None] - log_z), axis=1)
         expected = np.log(np.sum((together + 0.05 <= 2.0) / density))
-        np.testing.assert_allclose(half.curve[-1], expected, rtol=1e-9)
+        np.testing.assert_allclose(left.curve[-1], expected, rtol=1e-9)
 
 
 def test_the_error_of_single_chains_is_that_of_stretches_and_not_of_an_even_lag():
@@ -309,22 +313,27 @@ def test_the_error_of_single_chains_is_that_of_stretches_and_not_of_an_even_lag(
             work = noise * rng.normal(size=levels) + sign * lag
             tally.kappa_seen["work_down"][which, :, 0] = work
             tally.kappa_seen["work_up"][which, :, 0] = -noise * rng.normal(size=levels) - sign * lag
+            for rung in range(JOINT, 5):
+                seen = {name: np.ones(1) for name in ("cost", "ridge", "reach", "acceptance")}
+                works = {name: np.zeros(1) for name in ("work_down", "work_up")}
+                tally.temperature_seen.append((which, rung, {**seen, **works}))
         return tally
 
-    errors = [
-        tally.ladder_error(np.zeros(levels - 1), np.zeros(4)) for tally in [tally_of(0.1, 0.0) for _ in range(20)]
-    ]
+    def found(tally):
+        sums = tally.sums(CUTOFFS, 0.3, chains=np.arange(1))
+        return [of(sums.kappa_differences, sums.beta_differences) for of in (tally.ladder_error, tally.ladder_noise)]
+
+    errors = [found(tally_of(0.1, 0.0)) for _ in range(20)]
     # Four works at each of 2,400 gaps, whose mean is half of them down and half up.
-    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(0.1 * np.sqrt(2400 / 4), rel=0.15)
+    truth = 0.1 * np.sqrt(2400 / 4)
+    np.testing.assert_allclose(np.sqrt(np.mean(np.square(errors), axis=0)), [truth, truth], rtol=0.15)
     # The passes are 96 nats apart, and the stretches differ by a gap.
-    lagging = tally_of(0.0, 0.02)
-    for error in (lagging.ladder_error, lagging.ladder_noise):
-        assert error(np.zeros(levels - 1), np.zeros(4)) < 0.05
+    assert max(found(tally_of(0.0, 0.02))) < 0.06
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_where_the_ridge_rises_the_temperatures_have_an_error_too(share):
-    """As many works at each of 400 gaps, beside a κ ladder without noise; one chain.
+def test_temperatures_of_a_single_chain_have_an_error_too(share):
+    """As many works at each of 400 gaps, beside a κ ladder without noise.
 
     Mutations: passes split at the wrong visit, the work of the way up paired off with the rung below.
     """
@@ -344,13 +353,14 @@ def test_where_the_ridge_rises_the_temperatures_have_an_error_too(share):
                 down, up = 0.1 * rng.normal(size=(2, 1)) + 0.02 * (which == COOLING)
                 seen = {name: np.ones(1) for name in ("cost", "ridge", "reach", "acceptance")}
                 tally.temperature_seen.append((which, int(rung), {**seen, "work_down": down, "work_up": up}))
-        return tally.ladder_error(np.zeros(49), np.zeros(count - 1))
+        differences = tally.sums(CUTOFFS, 0.3, chains=np.arange(1)).beta_differences
+        return tally.ladder_error(np.zeros(49), differences), tally.colder_error(differences)
 
-    # What is colder than the joint has no part in it.
-    for visits, joint in (((1, 1), 0), ((3, 1), 0), ((1, 1), 200)):
-        errors = [error(visits, joint) for _ in range(20)]
-        expected = share * 0.1 * np.sqrt((400 - joint) / (2 * sum(visits)))
-        assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(expected, rel=0.2, abs=1e-9)
+    # What is colder than the joint has a part of its own.
+    for visits, joint in (((1, 1), 0), ((2, 2), 0), ((1, 1), 200)):
+        errors = np.sqrt(np.mean(np.square([error(visits, joint) for _ in range(20)]), axis=0))
+        expected = [0.1 * np.sqrt(gaps / (2 * sum(visits))) for gaps in (400 - joint, joint)]
+        np.testing.assert_allclose(errors, expected, rtol=0.2, atol=1e-9)
 
 
 def test_a_standstill_is_the_longest_unbroken_stretch(make_tally):
@@ -428,40 +438,47 @@ class PlantedRays(SampleRays):
     """J and I by formulas of what chains stand for, in place of what is found along their rays."""
 
     def __init__(self):
-        self.cutoffs = np.array([0.1, 0.3])
+        pass
 
     def integrals(self, ends, costs, squares, pulled):
-        rise = costs.sum(axis=1)
-        return (ends * squares)[:, None] + np.array([0.0, 1.0]), np.outer(rise * pulled, np.arange(5.0) + 1.0)
+        lost = ends > 1.4
+        return np.where(lost, -np.inf, ends * squares), np.outer(costs.sum(axis=1) * pulled, [3.0, 4.0, 5.0])
 
 
 def test_rays_count_in_place_of_samples(ridged):
-    """Against the sum over rays by hand, with a chain that was not permitted, and in the bound.
+    """At the run's own cutoff: against the sum over rays by hand, with a chain that was not permitted and lost rays.
 
-    Mutations: a cutoff's column for another's, rungs nobody saw in the mixture, the last rung's I for the first.
+    Nothing colder than the joint counts, whatever its Z. Mutations: a lost ray that is not counted among the samples,
+    the last rung's I for the first in the bound, samples for rays.
     """
-    tally, rng = ridged(PlantedRays()), np.random.default_rng(0)
-    enter_kappa(tally, COOLING)
+    rng = np.random.default_rng(0)
     visited = [2, 3, 4, 4]
     ends, squares, pulled, rays = rng.uniform(0.5, 1.5, (4, 4, CHAINS))
+    assert 0 < np.sum(ends > 1.4) < 8
     permitted = np.ones((4, CHAINS), bool)
     permitted[1, 2] = False
-    seen = record(visited, BETA_STEPS, costs_at(visited, 1))._replace(
-        ray_end=ends, square=squares, pulled=pulled, ray_costs=rays[..., None], permitted=permitted
-    )
-    tally.add_temperature(COOLING, visited, seen, weighs=True)
+    plain = record(visited, BETA_STEPS, costs_at(visited, 1))
+    seen = plain._replace(ray_end=ends, square=squares, pulled=pulled, ray_costs=rays[..., None], permitted=permitted)
     counts = np.array([8.0, 7.0, 16.0])
     mixture = np.sum(counts * np.exp(-LOG_Z[2:] + (pulled * rays)[..., None] * np.array([3.0, 4.0, 5.0])), axis=-1)
-    for cutoff, column in ((0.1, 0.0), (0.3, 1.0)):
-        weights = (np.exp(ends * squares + column) / mixture)[permitted]
-        mass = tally.log_mass(cutoff, chains=EVERYONE, passes=(COOLING,))
+    weights = (np.where(ends > 1.4, 0.0, np.exp(ends * squares)) / mixture)[permitted]
+    for colder in (None, 0.0, 1e3):
+        tally = ridged(PlantedRays())
+        enter_kappa(tally, COOLING)
+        tally.add_temperature(COOLING, visited, seen, weighs=True)
+        if colder is not None:
+            cold = record([1, 0, 1], BETA_STEPS + colder, costs_at([1, 0, 1], 2))._replace(
+                ray_costs=np.ones((3, CHAINS, 1))
+            )
+            tally.add_temperature(COOLING, [1, 0, 1], cold, weighs=False)
+        mass = tally.log_mass(0.3, chains=EVERYONE, passes=(COOLING,))
         np.testing.assert_allclose(mass, np.log(np.sum(weights)), rtol=1e-9)
-    sums = tally.sums(np.array([0.1]), 0.3, chains=EVERYONE, passes=(COOLING,))
-    np.testing.assert_allclose([sums.curve[0] + 1.0, sums.log_mass], mass, rtol=1e-9)
-    assert sums.leading == pytest.approx(weights.max() / weights.sum())
-    final = np.log(np.mean(np.exp((ends * squares + 1.0 - 5.0 * pulled * rays)[2:]), axis=0))
-    start = REFERENCE - np.sum(KAPPA_STEPS) - np.sum(BETA_STEPS[2:])
-    np.testing.assert_allclose(tally.bound_weights(np.full(CHAINS, np.nan)), start + final, rtol=1e-9)
+        sums = tally.sums(np.array([0.1, 0.3]), 0.3, chains=EVERYONE, passes=(COOLING,))
+        np.testing.assert_allclose([sums.curve[1], sums.log_mass], mass, rtol=1e-9)
+        assert sums.leading == pytest.approx(weights.max() / weights.sum())
+        final = np.log(np.mean(np.where(ends > 1.4, 0.0, np.exp(ends * squares - 5.0 * pulled * rays))[2:], axis=0))
+        start = REFERENCE - np.sum(KAPPA_STEPS) - np.sum(BETA_STEPS[2:])
+        np.testing.assert_allclose(tally.bound_weights(np.full(CHAINS, np.nan)), start + final, rtol=1e-9)
 
 
 def test_each_temperature_is_shown_once_and_none_behind_the_wall(ridged, make_tally):

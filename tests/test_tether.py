@@ -84,6 +84,15 @@ def test_a_star_whose_ridge_rises_is_the_same(monkeypatch, chains):
 
 
 @pytest.mark.slow
+def test_a_curve_that_lags_does_not_spoil_the_mass_of_a_star_whose_ridge_rises(monkeypatch):
+    """Its deep end is hundreds of nats off where chains have hardly a visit. Mutation: rays of the coldest counted."""
+    monkeypatch.setattr(ladder, "_PARTED", -1.0)
+    ball = reference.quadratic(np.ones(200), cutoff=0.1)
+    for seed in range(3):
+        check(measure(ball, seed, region=vj.Star(), effort=0.03, num_chains=8, decades=2.0), ball.log_mass)
+
+
+@pytest.mark.slow
 def test_flat_priors_with_walls_give_the_share_of_the_ball_or_box():
     h = np.array([1.0, 4.0, 0.5, 2.0])
     ellipsoid = reference.ellipsoid(h, cutoff=0.1)

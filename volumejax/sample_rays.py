@@ -1,10 +1,10 @@
 r"""The ray from the anchor through a sample of the star: what it says, beyond the sample, of the region's mass.
 
-The star holds each of its rays up to the wall. Along one, with t = 1 at the sample δ, the prior's density is known and
-the cost is looked up:
+The star holds each of its rays up to the wall. Along one, with t = 1 at the sample δ and the wall at w, the prior's
+density is known and the cost is looked up:
 
-.. math:: J(\epsilon) = \log \int_0^{t(\epsilon)} t^{D-1} e^{-\frac12 a t^2 |\delta|^2 - t\, b\cdot\delta} dt, \quad
-          I_k = \log \int_0^{t(\epsilon)} t^{D-1} e^{-\frac12 a t^2 |\delta|^2 - t\, b\cdot\delta - U_k(t \delta)} dt
+.. math:: J = \log \int_0^w t^{D-1} e^{-\frac12 a t^2 |\delta|^2 - t\, b\cdot\delta} dt, \qquad
+          I_k = \log \int_0^w t^{D-1} e^{-\frac12 a t^2 |\delta|^2 - t\, b\cdot\delta - U_k(t \delta)} dt
 
 In place of where it stands on its ray a sample of a mixture of the ensembles k counts with the means over the ray:
 samples need not be near the wall, where most of the mass is.
@@ -20,7 +20,6 @@ from scipy.special import logsumexp
 
 from volumejax import tree
 from volumejax.ensemble import Ensemble
-from volumejax.radial import radial
 
 __all__ = ["POINTS", "SampleRays", "look_along"]
 
@@ -28,27 +27,27 @@ Vector = NDArray[np.float64]
 
 POINTS = 64
 """Places on a ray, equally far apart, at which the cost is looked up."""
-_GROWTH, _FURTHEST = 1.1, 32.0
-"""Factor by which the search for the wall goes on, and how far at most, in lengths of the sample."""
+_GROWTH, _FURTHEST, _HALVINGS = 1.1, 32.0, 20
+"""Factor by which the search for the wall goes on, how far at most, in lengths of the sample, and how often the last
+step is halved."""
 _SPENT = -60.0
 """Nats below its density at the sample from which on the prior leaves nothing of a ray."""
-_NEAREST, _GRADED, _WIDEST = 1e-6, 180, 40.0
-"""Distances from the wall, in log t, between nodes: the mass lies within 1/D of it."""
-_EVEN = 0.35
-"""And that of nodes evenly spread, in widths D^(−1/2) of what an ensemble has of a ray."""
+_GRADED = np.geomspace(1e-6, 40.0, 180)
+"""Distances from the wall, in log t, at which integrands are taken: the mass lies within 1/D of it."""
+_EVEN, _DEEP = 0.35, 1.0
+"""More of them are evenly spread, that many widths D^(−1/2) of an ensemble apart, down to this distance."""
 _ARCH = 0.25
-"""Nats, at most, by which the bend between two nodes changes what lies there."""
-_HALVINGS = 24
-"""Of the way between two places, for a crossing."""
+"""Nats, at most, by which the bend between two of them changes what lies there."""
+_BEHIND = 1e-3
+"""A sample this share of its length beyond the wall is on the far side of a barrier, and no part of the star."""
 _MOST = 4.0
-"""Costs beyond that many cutoffs are taken for it: how high they are there nobody asks."""
+"""Times the room below the cutoff, beyond which nobody asks how high a cost is."""
 
 
 def look_along(ensemble: Ensemble, displacement: PyTree) -> tuple[Float[Array, ""], Float[Array, "points"]]:
-    """Return how far the ray through δ was followed, in lengths of δ, and the cost at `POINTS` places up to there.
+    """Return how far the ray through δ goes, in lengths of δ, and the cost at `POINTS` places up to there.
 
-    That is somewhat beyond where it first leaves the region, to the prior's own wall, or to where the prior leaves
-    nothing. All float64; +inf for NaN.
+    It goes to the region's wall, to the prior's own, or to where the prior leaves nothing. All float64; +inf for NaN.
 
     Args:
         ensemble: of the star.
@@ -57,99 +56,98 @@ def look_along(ensemble: Ensemble, displacement: PyTree) -> tuple[Float[Array, "
     frame = ensemble.frame
     with jax.enable_x64(True):
         square, pulled = tree.dot(displacement, displacement), frame.pulled(displacement)
-        furthest = frame.exit(displacement)
+        furthest = jnp.minimum(frame.exit(displacement), _FURTHEST)
+
+        def inside(t: Array) -> Array:
+            return ensemble.cost_at(displacement, t.astype(jnp.float32)) <= ensemble.cutoff
 
         def goes_on(t: Array) -> Array:
             prior = 0.5 * frame.stiffness * square * (t * t - 1.0) + pulled * (t - 1.0)
             density = ensemble.dimension * jnp.log(t) - prior
-            inside = ensemble.cost_at(displacement, t.astype(jnp.float32)) <= ensemble.cutoff
-            return inside & (density > _SPENT) & (t < jnp.minimum(furthest, _FURTHEST))
+            return (t < furthest) & (density > _SPENT) & inside(t)
 
-        end = jax.lax.while_loop(goes_on, lambda t: _GROWTH * t, jnp.full((), _GROWTH, jnp.float64))
+        def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+            low, high = ends
+            middle = 0.5 * (low + high)
+            is_inside = inside(middle)
+            return jnp.where(is_inside, middle, low), jnp.where(is_inside, high, middle)
+
+        high = jax.lax.while_loop(goes_on, lambda t: _GROWTH * t, jnp.full((), _GROWTH, jnp.float64))
+        high = jnp.minimum(high, furthest)
+        low, _ = jax.lax.fori_loop(0, _HALVINGS, halve, (high / _GROWTH, high))
         # In float32, in which the cost will see it.
-        end = jnp.minimum(end, furthest).astype(jnp.float32)
+        end = jnp.where(inside(high), high, low).astype(jnp.float32)
         fractions = end * (jnp.arange(1, POINTS + 1, dtype=jnp.float32) / jnp.float32(POINTS))
         costs = jax.lax.map(lambda t: ensemble.cost_at(displacement, t), fractions)
         return end.astype(jnp.float64), jnp.where(jnp.isnan(costs), jnp.inf, costs)
 
 
 class SampleRays:
-    """What the rays of a run are measured by; NumPy, float64.
+    """The two integrals along rays, for the ensembles of a run; NumPy, float64.
 
     Args:
         ensemble: of the star, with a ridge.
         anchor_cost: C(θ0), nats.
-        cutoffs: up to which masses are wanted, rising, the run's own the last.
         betas: what multiplies guide and ridge in each ensemble, shape (rungs, 2).
     """
 
-    def __init__(self, ensemble: Ensemble, anchor_cost: float, cutoffs: Vector, betas: Vector) -> None:
+    def __init__(self, ensemble: Ensemble, anchor_cost: float, betas: Vector) -> None:
         """Take from the ensemble what is needed on the host."""
         assert ensemble.ridge is not None
-        self.dimension, self.precision, self.checks = ensemble.dimension, ensemble.frame.stiffness, ensemble.checks
+        self.dimension, self.precision = ensemble.dimension, ensemble.frame.stiffness
         self.guides, self.eyes = ensemble.guides, ensemble.eyes
         self.share, self.sharpness = float(ensemble.ridge.share), float(ensemble.ridge.sharpness)
-        self.anchor_cost, self.cutoffs, self.betas = anchor_cost, cutoffs, betas
-        graded = np.geomspace(_NEAREST, _WIDEST, _GRADED)
-        even = np.arange(0.0, 1.0, min(_EVEN / np.sqrt(self.dimension), 0.1))
-        self._depths = np.unique(np.concatenate([even, graded]))[::-1]
-
-    def columns(self, cutoffs: Vector) -> NDArray[np.intp]:
-        """Return which of its cutoffs are nearest to these."""
-        return np.argmin(np.abs(self.cutoffs - cutoffs[:, None]), axis=1)
+        self.anchor_cost, self.cutoff, self.betas = anchor_cost, float(ensemble.cutoff), betas
+        even = np.arange(0.0, _DEEP, min(_EVEN / np.sqrt(self.dimension), 0.1))
+        self._depths = np.unique(np.concatenate([even, _GRADED]))[::-1]
 
     def integrals(self, ends: Vector, costs: Vector, squares: Vector, pulled: Vector) -> tuple[Vector, Vector]:
-        """Return J for each chain and cutoff, shape (chains, cutoffs), and I for each ensemble, (chains, rungs).
+        """Return J for each chain, shape (chains,), and I for each ensemble too, shape (chains, rungs).
+
+        J is −inf for a chain that stands behind a barrier, and for one whose ray says nothing.
 
         Args:
-            ends: how far rays were followed, shape (chains,).
+            ends: how far rays go, shape (chains,).
             costs: as found by `look_along`, shape (chains, points).
             squares: |δ|², shape (chains,).
             pulled: b·δ, likewise.
         """
-        path = _Path(ends, costs, self.anchor_cost, _MOST * self.cutoffs[-1])
-        walls = self._walls(path)
-        a, b = (x[:, None] for x in (self.precision * squares, -pulled))
-        masses = np.asarray(radial(self.dimension, a, b, walls))
-        q = np.log(walls[:, -1:]) - self._depths
+        values = np.concatenate([np.full((len(costs), 1), self.anchor_cost), costs], axis=1)
+        path = _Path(ends, np.minimum(values, self.anchor_cost + _MOST * (self.cutoff - self.anchor_cost)))
+        walls = self._walls(path, values)
+        q = np.log(walls)[:, None] - self._depths
         t = np.exp(q)
         guide = np.mean([path(g * t) for g in self.guides], axis=0)
         steep = np.asarray(logsumexp([self.sharpness * path(f * t) for f in self.eyes], axis=0))
-        ridge = self.share / self.sharpness * steep
-        prior = self.dimension * q - 0.5 * a * t * t + b * t
-        energies = np.einsum("kg,gcn->ckn", self.betas, np.stack([guide, ridge]))
-        return masses, _log_integral(prior[:, None] - energies, q[:, None])
+        prior = self.dimension * q - 0.5 * self.precision * squares[:, None] * t * t - pulled[:, None] * t
+        held = np.stack([guide, self.share / self.sharpness * steep])
+        energies = np.einsum("kg,gcn->ckn", np.concatenate([np.zeros((1, 2)), self.betas]), held)
+        found = _log_integral(prior[:, None] - energies, q[:, None])
+        counts = (walls > 1.0 - _BEHIND) & np.isfinite(found).all(axis=1)
+        return np.where(counts, found[:, 0], -np.inf), np.where(counts[:, None], found[:, 1:], 0.0)
 
-    def _walls(self, path: "_Path") -> Vector:
-        """Return where, in lengths of δ, a checked place first exceeds each cutoff, or the end; (chains, cutoffs)."""
-        fractions = np.arange(1, self.checks + 1) / self.checks
-
-        def beyond(t: Vector) -> NDArray[np.bool_]:
-            return path(t[..., None] * fractions).max(axis=-1) > self.cutoffs
-
-        places = np.arange(POINTS + 1) / POINTS * path.ends[:, None]
-        seen = beyond(places[..., None])
-        first = np.maximum(np.argmax(seen, axis=1), 1)
-        low, high = (np.take_along_axis(places, first - back, axis=1) for back in (1, 0))
+    def _walls(self, path: "_Path", values: Vector) -> Vector:
+        """Return where rays first leave the region, in lengths of δ, or their ends: shape (chains,)."""
+        out = values > self.cutoff
+        first = np.maximum(np.argmax(out, axis=1), 1)
+        low, high = ((first - back) / POINTS * path.ends for back in (1, 0))
         for _ in range(_HALVINGS):
             middle = 0.5 * (low + high)
-            out = beyond(middle)
-            low, high = np.where(out, low, middle), np.where(out, middle, high)
-        return np.where(seen.any(axis=1), low, path.ends[:, None])
+            beyond = path(middle[:, None])[:, 0] > self.cutoff
+            low, high = np.where(beyond, low, middle), np.where(beyond, middle, high)
+        return np.where(out.any(axis=1), low, path.ends)
 
 
 class _Path:
     """The cost along rays, between the places where it was looked up."""
 
-    def __init__(self, ends: Vector, costs: Vector, anchor_cost: float, most: float) -> None:
-        self.ends = ends
-        values = np.concatenate([np.full((len(costs), 1), anchor_cost), np.minimum(costs, most)], axis=1)
-        self._pieces = CubicSpline(np.arange(POINTS + 1), values, axis=1).c
+    def __init__(self, ends: Vector, values: Vector) -> None:
+        self.ends, self._pieces = ends, CubicSpline(np.arange(POINTS + 1), values, axis=1).c
 
     def __call__(self, t: Vector) -> Vector:
-        """Return C(t δ), shape (chains, ...) like t."""
-        chains = np.arange(len(self.ends)).reshape(-1, *[1] * (t.ndim - 1))
-        place = np.clip(t / self.ends[chains], 0.0, 1.0) * POINTS
+        """Return C(t δ), shape (chains, places) like t."""
+        chains = np.arange(len(self.ends))[:, None]
+        place = np.clip(t / self.ends[:, None], 0.0, 1.0) * POINTS
         piece = np.minimum(place.astype(int), POINTS - 1)
         rest = place - piece
         a, b, c, d = (coefficient[piece, chains] for coefficient in self._pieces)

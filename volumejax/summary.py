@@ -18,7 +18,7 @@ from volumejax.chains import (
 )
 from volumejax.diagnostics import certified_lower, effective_sample_size, split_r_hat
 from volumejax.results import BoundKind, Kind, VolumeEstimate
-from volumejax.tally import COOLING, HEATING, Tally
+from volumejax.tally import COOLING, HEATING, PARTS, Tally
 
 __all__ = ["Plan", "summarise"]
 
@@ -107,8 +107,8 @@ def summarise(
         shared = 0.0
     else:
         without = [
-            tally.sums(plan.cutoffs, plan.cutoff, chains=everyone, passes=passes, near=whole, half=half)
-            for half in (0, 1)
+            tally.sums(plan.cutoffs, plan.cutoff, chains=everyone, passes=passes, near=whole, without=part)
+            for part in range(PARTS)
         ]
         shared, end = ladder, float(_jackknife(np.array([sums.log_mass for sums in without])))
         statistical = float(np.hypot(end, shared))
@@ -120,6 +120,11 @@ def summarise(
     systematic = lag / _LAG
     std_error = float(np.hypot(statistical, systematic) + _ROUNDING * (plan.dimension + abs(whole.log_mass)))
     curve_errors = _jackknife(np.stack([sums.curve for sums in without]))
+    if tally.chains == 1:
+        # As much of the way to the coldest temperature as a cutoff lies deep.
+        depths = -np.log((plan.cutoffs - tally.anchor_cost) / (plan.cutoff - tally.anchor_cost))
+        way = np.sqrt(depths / max(float(np.max(depths)), 1e-300))
+        curve_errors = np.hypot(curve_errors, way * tally.colder_error(whole.beta_differences))
     energy_errors = _jackknife(np.stack([sums.energies for sums in without]))
     trace = _trace(tally, plan, (whole, energy_errors), weights, gradients, progress)
     mixed = (

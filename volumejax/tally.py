@@ -14,7 +14,7 @@ from volumejax.free_energy import acceptance_ratio, log_mixture, log_total_mass,
 from volumejax.ladder import Temperatures
 from volumejax.sample_rays import SampleRays
 
-__all__ = ["COOLING", "HEATING", "Sums", "Tally"]
+__all__ = ["COOLING", "HEATING", "PARTS", "Sums", "Tally"]
 
 COOLING, HEATING = 0, 1
 _WINDOW = 48
@@ -30,6 +30,8 @@ _LOST = 0.01
 _STRETCHES, _FEW_STRETCHES = 24, 8
 """Of the κ ladder, as many as its error is made of: each longer than the chains remember; and of the temperatures where
 the ridge rises."""
+PARTS = 6
+"""Stretches of the visits to a temperature that single chains leave out in turn, each longer than they remember."""
 _HEDGE = 0.05
 """Weight in the bound of what chains said on their way down, which is left where the maps lose all of them."""
 Vector = NDArray[np.float64]
@@ -71,21 +73,21 @@ class _Joined(NamedTuple):
     """Of all samples, shape (samples,)."""
     counts: Vector
     """Samples at each temperature, shape (rungs,)."""
-    rays: SampleRays | None
-    masses: Vector | None
-    """Of the samples' rays, by what `rays` finds: shape (samples, cutoffs)."""
-    densities: Vector | None
-    """Likewise, shape (samples, rungs)."""
+    shares: Vector | None
+    """log of what the ray of each sample from the joint on counts at the run's cutoff, shape (samples,); None where
+    samples count."""
 
-    def log_masses(self, betas: Vector, cutoffs: Vector) -> Vector:
-        if self.rays is not None:
-            return np.asarray(logsumexp(self._log_weights(cutoffs), axis=0))
-        return log_total_mass(self.costs, self.reaches, betas, self.counts, self.log_z, cutoffs)
+    def log_masses(self, betas: Vector, cutoffs: Vector, cutoff: float) -> Vector:
+        """Return log masses at the cutoffs, at the run's own by rays where there are any."""
+        masses = log_total_mass(self.costs, self.reaches, betas, self.counts, self.log_z, cutoffs)
+        if self.shares is None:
+            return masses
+        return np.where(np.isclose(cutoffs, cutoff, rtol=1e-9), np.logaddexp.reduce(self.shares), masses)
 
     def leading(self, betas: Vector, cutoff: float) -> float:
-        """Return the largest share that one sample has of the mass; NaN where samples near the cutoff stand for all."""
-        if self.rays is not None:
-            weights = self._log_weights(np.array([cutoff]))[:, 0]
+        """Return the largest share that a sample, or its ray, has of the mass; NaN where samples near the wall do."""
+        if self.shares is not None:
+            weights = self.shares
         elif np.array_equal(self.costs, self.reaches):
             return np.nan
         else:
@@ -93,16 +95,6 @@ class _Joined(NamedTuple):
         if not np.isfinite(weights).any():
             return np.nan
         return float(1.0 / np.sum(np.exp(weights - np.max(weights))))
-
-    def _log_weights(self, cutoffs: Vector) -> Vector:
-        """Return what each sample's ray counts up to each cutoff, shape (samples, cutoffs)."""
-        assert self.rays is not None and self.masses is not None and self.densities is not None
-        used = (self.counts > 0) & np.isfinite(self.log_z)
-        if not used.any():
-            return np.full((len(self.masses), len(cutoffs)), np.nan)
-        levels = np.log(self.counts[used]) - self.log_z[used]
-        mixture = np.asarray(logsumexp(levels + self.densities[:, used], axis=1, keepdims=True))
-        return self.masses[:, self.rays.columns(cutoffs)] - mixture
 
 
 class Tally:
@@ -168,11 +160,8 @@ class Tally:
             names = ("cost", "ridge", "reach", "work_down", "work_up", "acceptance")
             seen = {name: np.where(record.permitted[row], getattr(record, name)[row], np.nan) for name in names}
             if self.rays is not None:
-                masses, densities = self.rays.integrals(
-                    *(getattr(record, name)[row] for name in ("ray_end", "ray_costs", "square", "pulled"))
-                )
-                for name, values in (("masses", masses), ("densities", densities)):
-                    seen[name] = np.where(record.permitted[row][:, None], values, np.nan)
+                names = ("ray_end", "ray_costs", "square", "pulled")
+                seen["mass"], seen["densities"] = self.rays.integrals(*(getattr(record, name)[row] for name in names))
             self.temperature_seen.append((which, rung, seen))
             self._tables = {}
             if weighs and rung < len(self.temperature.beta) - 1:
@@ -182,7 +171,7 @@ class Tally:
                 if self.rays is None:
                     factors = np.asarray(self.temperature.beta[rung] * self.held(record.cost[row], record.ridge[row]))
                 else:
-                    factors = seen["masses"][:, -1] - seen["densities"][:, rung]
+                    factors = seen["mass"] - seen["densities"][:, rung - self.joint]
                 self.final_factors.append(factors)
 
     def held(self, costs: Any, ridges: Any) -> Vector:
@@ -227,7 +216,7 @@ class Tally:
         if near is not None and np.sum(lost) <= max(_LOST * len(lost), 1.0):
             differences = np.where(lost, near.kappa_differences, differences)
         joined = self._join(chains, passes, near, differences)
-        return float(joined.log_masses(self.betas, np.array([cutoff]))[0])
+        return float(joined.log_masses(self.betas, np.array([cutoff]), cutoff)[0])
 
     def sums(
         self,
@@ -236,16 +225,15 @@ class Tally:
         *,
         chains: NDArray,
         passes: tuple[int, ...] = (0, 1),
-        half: int | None = None,
+        without: int | None = None,
         near: Sums | None = None,
     ) -> Sums:
         """Reduce the records of the given chains and passes; `near` is the result for nearly the same.
 
-        With a `half`, 0 or 1, only the first or the second half of the visits to each temperature counts, in time.
-        Where the ridge rises they are samples, and ΔF is that of `near`.
+        Samples `without` one of `PARTS` stretches of the visits to each temperature leave ΔF as it is with all.
         """
-        joined = self._join(chains, passes, near, self._kappa_differences(chains, passes, near), half)
-        masses = joined.log_masses(self.betas, np.append(cutoffs, cutoff))
+        joined = self._join(chains, passes, near, self._kappa_differences(chains, passes, near), without)
+        masses = joined.log_masses(self.betas, np.append(cutoffs, cutoff), cutoff)
         energies, heat_capacities = self._energies(joined)
         return Sums(
             log_mass=float(masses[-1]),
@@ -259,21 +247,17 @@ class Tally:
 
     def _join(
         self, chains: NDArray, passes: tuple[int, ...], near: Sums | None, kappa_differences: Vector,
-        half: int | None = None,
+        without: int | None = None,
     ) -> _Joined:  # fmt: skip
         """Join neighbouring rungs of both ladders by the works of the given chains and passes."""
         tables = self._temperature_tables(passes)
-        if half is not None:
-            visits = np.cumsum(~np.isnan(tables["cost"]).all(axis=2), axis=1)
-            left_out = (visits > 0.5 * visits[:, -1:] + 0.5) != bool(half)
-            tables = {name: table.copy() for name, table in tables.items()}
-            for table in tables.values():
-                table[left_out] = np.nan
+        visits = np.cumsum(~np.isnan(tables["cost"]).all(axis=2), axis=1)
+        # Shifted from rung to rung, so that what was visited once or twice is not all of one stretch.
+        share = (visits - 0.5) / np.maximum(visits[:, -1:], 1)
+        part = (PARTS * share // 1 + np.arange(len(visits))[:, None]) % PARTS
         tables = {name: table[:, :, chains].reshape(len(table), -1, *table.shape[3:]) for name, table in tables.items()}
         costs, down, up = (tables[name] for name in ("cost", "work_down", "work_up"))
         beta_differences = acceptance_ratio(down[:-1], up[1:], None if near is None else near.beta_differences)
-        if half is not None and near is not None and self.rises:
-            beta_differences = near.beta_differences
         # Outwards from the joint rung, so that what a pass did not visit spoils nothing else. Where one pass has no
         # finite work at all, a difference is infinite, and what comes after it may be unknown.
         with np.errstate(invalid="ignore"):
@@ -283,15 +267,25 @@ class Tally:
             log_z = log_end + np.concatenate([colder, [0.0], warmer])
         if self.rises:
             costs = np.stack([costs, tables["ridge"]], axis=-1)
-        present = ~np.isnan(costs).reshape(*down.shape, -1).any(axis=-1)
-        by_ray = [tables[name] for name in ("masses", "densities")] if self.rays is not None else []
-        for found in by_ray:
-            present &= ~np.isnan(found).any(axis=-1)
-        masses, densities = (found[present] for found in by_ray) if by_ray else (None, None)
+        present = np.asarray(~np.isnan(costs).reshape(*down.shape, -1).any(axis=-1))
+        if without is not None:
+            present &= np.repeat(part != without, len(chains), axis=1)
+        counts = np.sum(present, axis=1).astype(float)
+        shares = self._shares_of_rays(tables, present, counts, log_z) if self.rays is not None else None
         return _Joined(
-            kappa_differences, beta_differences, log_z, costs[present], tables["reach"][present],
-            np.sum(present, axis=1).astype(float), self.rays, masses, densities,
-        )  # fmt: skip
+            kappa_differences, beta_differences, log_z, costs[present], tables["reach"][present], counts, shares
+        )
+
+    def _shares_of_rays(
+        self, tables: dict[str, Vector], present: NDArray[np.bool_], counts: Vector, log_z: Vector
+    ) -> Vector:
+        """Return what each sample's ray counts; of what is colder than the joint not even Z has a part in it."""
+        warm = slice(self.joint, None)
+        used = (counts[warm] > 0) & np.isfinite(log_z[warm])
+        levels = np.log(counts[warm][used]) - log_z[warm][used]
+        mass, densities = (tables[name][warm][present[warm]] for name in ("mass", "densities"))
+        mixture = np.asarray(logsumexp(levels + densities[:, used], axis=1))
+        return np.nan_to_num(mass - mixture, nan=-np.inf, posinf=-np.inf, neginf=-np.inf)
 
     def _kappa_differences(self, chains: NDArray, passes: tuple[int, ...], near: Sums | None) -> Vector:
         rungs = np.arange(len(self.kappa.precision))
@@ -362,8 +356,10 @@ class Tally:
     def shortfall(self, cutoff: float) -> float:
         """Return how far the upper tenth of the costs at the last temperature lies below the cutoff, in their scatter.
 
-        0 where that is less than what weights bridge.
+        0 where that is less than what weights bridge, or where rays do.
         """
+        if self.rays is not None:
+            return 0.0
         last = len(self.temperature.beta) - 1
         reaches = np.concatenate([seen["reach"] for _, rung, seen in self.temperature_seen if rung == last])
         # In whatever order passes side by side came in.
@@ -391,26 +387,40 @@ class Tally:
         return float(np.max(longest.mean(axis=1)) / np.sum(spent))
 
     def ladder_error(self, kappa_differences: Vector, beta_differences: Vector) -> float:
-        """Return the standard error of the κ ladder's ΔF from the scatter of chains on stretches of the ladder.
+        """Return the standard error of ΔF from the scatter of chains on stretches of the ladders.
 
-        A jackknife has as many terms as chains, and with few of them may come out near zero by chance; this has many,
-        but does not know what is remembered from one stretch to the next but one. Where a pass has one chain, its
-        stretches are compared with each other: what it lags behind evenly is no scatter. Where the ridge rises the
-        temperature ladder's error is found like that too.
+        Of the κ ladder. A jackknife has as many terms as chains, and with few of them may come out near zero by chance;
+        this has many, but does not know what is remembered from one stretch to the next but one. Where a pass has one
+        chain, its stretches are compared with each other: what it lags behind evenly is no scatter. There, and where
+        the ridge rises, the temperature ladder's error is found like that too.
         """
-        total, over = 0.0, 2 if self.chains > 1 else 0
-        for parts in self._pulls(kappa_differences, beta_differences):
-            about = parts - parts.mean(axis=over, keepdims=True)
-            variance = np.sum(about**2) + 2.0 * max(float(np.sum(about[1:] * about[:-1])), 0.0)
-            total += float(variance) * about.shape[over] / (about.shape[over] - 1)
-        return float(np.sqrt(total))
+        pulls = self._pulls(kappa_differences, beta_differences)
+        return float(np.sqrt(sum(self._scatter(parts) for parts in pulls)))
+
+    def colder_error(self, beta_differences: Vector) -> float:
+        """Return the standard error of ΔF from the joint to the coldest temperature; 0 where nothing is colder."""
+        if self.joint == 0:
+            return 0.0
+        return float(np.sqrt(self._scatter(self._temperature_pulls(beta_differences, slice(0, self.joint)))))
+
+    def _scatter(self, parts: Vector) -> float:
+        over = 2 if self.chains > 1 else 0
+        about = parts - parts.mean(axis=over, keepdims=True)
+        variance = np.sum(about**2) + 2.0 * max(float(np.sum(about[1:] * about[:-1])), 0.0)
+        return self._of_passes * float(variance) * about.shape[over] / max(about.shape[over] - 1, 1)
 
     def ladder_noise(self, kappa_differences: Vector, beta_differences: Vector) -> float:
         """Return the part of `ladder_error` that neighbouring stretches do not share, and so is no lag."""
         parts = self._pulls(kappa_differences, beta_differences)
-        return float(
-            np.sqrt(sum(0.5 * np.sum(np.diff(part, axis=0) ** 2) * len(part) / (len(part) - 1) for part in parts))
+        noise = sum(
+            0.5 * np.sum(np.diff(part, axis=0) ** 2) * len(part) / (len(part) - 1) for part in parts if len(part) > 1
         )
+        return float(np.sqrt(self._of_passes * noise))
+
+    @property
+    def _of_passes(self) -> float:
+        """n/(n − 1) of the two passes, from whose mean a single chain's works are taken; more chains have their own."""
+        return 2.0 if self.chains == 1 else 1.0
 
     def blocked(self) -> float:
         """Return the share of visits, where the ridge rises and on to the natural β, that refused a chain all its way.
@@ -425,13 +435,16 @@ class Tally:
         """Return by how much each stretch of each chain pulls the ladders' ΔF, shapes (stretches, 2, chains)."""
         down, up = (np.moveaxis(self.kappa_seen[name][:, 1:], 0, 1) for name in ("work_down", "work_up"))
         found = [_pulls_of(down, up, kappa_differences[1:], 1, _STRETCHES)]
-        if self.rises:
-            cooling, heating = (self._temperature_tables((which,)) for which in (COOLING, HEATING))
-            down, up = (np.concatenate([cooling[way], heating[way]], axis=1) for way in ("work_down", "work_up"))
+        if self.rises or self.chains == 1:
             # Colder than the joint lies the curve alone.
-            warm, split = slice(self.joint, None), cooling["work_down"].shape[1]
-            found.append(_pulls_of(down[warm], up[warm], beta_differences[warm], split, _FEW_STRETCHES))
+            found.append(self._temperature_pulls(beta_differences, slice(self.joint, None)))
         return found
+
+    def _temperature_pulls(self, beta_differences: Vector, gaps: slice) -> Vector:
+        cooling, heating = (self._temperature_tables((which,)) for which in (COOLING, HEATING))
+        down, up = (np.concatenate([cooling[way], heating[way]], axis=1) for way in ("work_down", "work_up"))
+        rungs = slice(gaps.start, None if gaps.stop is None else gaps.stop + 1)
+        return _pulls_of(down[rungs], up[rungs], beta_differences[gaps], cooling["work_down"].shape[1], _FEW_STRETCHES)
 
     def overlaps(self, differences: Vector) -> Vector:
         """Return the overlap of each pair of neighbouring κ rungs."""
@@ -458,4 +471,4 @@ def _pulls_of(down: Vector, up: Vector, differences: Vector, cooling: int, stret
     forward, backward = (x.reshape(len(x), -1) for x in (down[:-1], up[1:]))
     pulls = np.add(*(pull.reshape(shape) for pull in ratio_influences(forward, backward, differences)))
     passes = np.stack([part.sum(axis=1) for part in np.split(pulls, [cooling], axis=1)], axis=1)
-    return np.stack([part.sum(axis=0) for part in np.array_split(passes, stretches)])
+    return np.stack([part.sum(axis=0) for part in np.array_split(passes, min(stretches, len(passes)))])

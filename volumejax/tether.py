@@ -61,7 +61,7 @@ _MEANT = 0.01
 _FORWARDS = 3
 """Evaluations of the cost that a gradient is worth."""
 _LAST_VISITS = 24
-"""Visits of each chain to the last rung, whose costs average the final factor."""
+"""Visits of each chain to the last rung, over which the final factor is averaged."""
 _FIRST_VISITS = 4
 """Visits of the heating chains beyond the end of the ladder, at its end and at the natural β, before they count."""
 _SECONDS = 2.0
@@ -307,13 +307,13 @@ class _Run:
         )
         temperature, joint, _ = temperatures
         # The ensemble at the temperatures.
-        held = with_ridge(ensemble, self.anchor_cost, pilot.survey.bulge) if temperatures.rises else ensemble
+        ridged = with_ridge(ensemble, self.anchor_cost, pilot.survey.bulge) if temperatures.rises else ensemble
         with jax.enable_x64(True):
             first = jnp.float64(kappa.precision[0])
             log_reference = float(ensemble.frame.log_reference(first) + ensemble.frame.offset)
         depths = np.logspace(-self.decades, 0.0, 1 + round(8 * self.decades))
         cutoffs = self.anchor_cost + (cutoff - self.anchor_cost) * depths
-        rays = SampleRays(held, self.anchor_cost, cutoffs, temperatures.betas) if temperatures.rises else None
+        rays = SampleRays(ridged, self.anchor_cost, temperatures.betas[joint:]) if temperatures.rises else None
         tally = Tally(kappa, temperatures, log_reference, self.chains, self.anchor_cost, rays)
         plan = Plan(
             cutoff=cutoff,
@@ -336,7 +336,7 @@ class _Run:
             Leg("cooling", ensemble, kappa_table, [*range(bottom + 1), bottom], _COOL, enter_kappa(COOLING)),
             Leg(
                 "cooling",
-                held,
+                ridged,
                 temperature_table,
                 [*range(joint, last), *[last] * (_LAST_VISITS + 1)],
                 _RELEASE,
@@ -346,7 +346,7 @@ class _Run:
         if joint > 0:
             there_and_back = [*range(last, -1, -1), *range(last + 1), last]
             cool.append(
-                Leg("curve", held, temperature_table, there_and_back, _CURVE, enter_temperature(COOLING, False))
+                Leg("curve", ridged, temperature_table, there_and_back, _CURVE, enter_temperature(COOLING, False))
             )
         over = jax.tree.map(lambda x: np.repeat(x[-1:], 2, axis=0), kappa)
         over = eqx.tree_at(lambda r: r.precision, over, over.precision * np.array([_OVERSHOOT, 1.0]))
@@ -357,7 +357,7 @@ class _Run:
             # They come from a colder β, as the cooling pass does: its lag must not be theirs too.
             Leg(
                 "heating",
-                held,
+                ridged,
                 temperature_table,
                 [*range(joint, last), *[last] * (_FIRST_VISITS + 1)],
                 _WARM,
@@ -365,7 +365,7 @@ class _Run:
             ),
             Leg(
                 "heating",
-                held,
+                ridged,
                 temperature_table,
                 [*[last] * _LAST_VISITS, *range(last, joint - 1, -1), joint],
                 _SETTLE,
