@@ -82,7 +82,9 @@ def test_what_is_only_asked_for_does_not_count_yet(make_pass):
     start = one.positions
     one.set_out()
     assert one.spent == 0 and not entered and one.positions is start
-    one.arrive()
+    enter = one.arrive()
+    assert not entered
+    enter()
     assert len(entered) == 1 and one.positions is not start and not one.leg_ended
 
 
@@ -104,6 +106,7 @@ class Told(Pass):
     def arrive(self):
         assert self.arrived
         self.left, self.arrived = self.left - 1, False
+        return lambda: self.log.append("in")
 
 
 def test_who_has_got_on_does_not_wait_for_the_other(monkeypatch):
@@ -119,7 +122,8 @@ def test_who_has_got_on_does_not_wait_for_the_other(monkeypatch):
     slow.arrived = True
     order += [each.name for each in slow_alone]
     assert order == ["fast", "fast", "fast", "slow"]
-    assert slow.log == ["out"] and fast.log == 3 * ["out"]
+    # The next call is asked for before anybody looks at what the last one saw.
+    assert slow.log == ["out", "in"] and fast.log == ["out", "out", "in", "out", "in", "in"]
 
 
 def test_stages_are_named_once(make_pass):

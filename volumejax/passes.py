@@ -96,12 +96,11 @@ class Pass:
             set_out, leg.ensemble, self.metric, key, self.positions, leg.table, route, self._done, self.batch_size
         )
 
-    def arrive(self) -> None:
-        """Wait for the call, and enter what was seen."""
+    def arrive(self) -> Callable[[], None]:
+        """Wait for the call, and return what enters that which was seen: the next call may set out before."""
         assert self._journey is not None
         leg, journey = self.legs[0], self._journey.result()
-        seen = leg.route[self._done : self._done + journey.count]
-        leg.enter(seen, journey.record())
+        seen, record = leg.route[self._done : self._done + journey.count], journey.record()
         self.positions, self._journey, self.stage = journey.ends, None, leg.stage
         self._done += journey.count
         self.spent += _gradients(leg.table, seen)
@@ -109,6 +108,7 @@ class Pass:
         self._count = int(np.clip(_SECONDS / max(per_visit, 1e-9), 1, MOST_VISITS))
         if self._done == leg.visits:
             self.legs, self._done, self._count = self.legs[1:], 0, _FIRST_COUNT
+        return lambda: leg.enter(seen, record)
 
 
 def walk(passes: Sequence[Pass]) -> Iterator[Pass]:
@@ -122,12 +122,13 @@ def walk(passes: Sequence[Pass]) -> Iterator[Pass]:
             time.sleep(_NAP)
             continue
         first = first or moving[0]
-        first.arrive()
+        enter = first.arrive()
         if first.ended:
             moving.remove(first)
         else:
             # Before anybody looks at what was seen, so that its devices have something to do.
             first.set_out()
+        enter()
         yield first
 
 

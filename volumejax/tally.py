@@ -46,7 +46,7 @@ class Sums:
         curve: at the cutoffs asked for.
         energies: λ̂(β) = β(E_β C − C0) at the temperatures; for the star C is the largest cost on the segment.
         heat_capacities: β² Var C there.
-        leading: largest share of one sample in the factor of a star's mass that comes from samples; NaN elsewhere.
+        leading: largest share of one sample or ray in the factor of a star's mass that they make; NaN elsewhere.
         kappa_differences: ΔF between the rungs of the κ ladder.
         beta_differences: ΔF between those of the temperature ladder.
     """
