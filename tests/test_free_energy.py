@@ -182,6 +182,13 @@ def test_a_cutoff_below_every_sample_has_no_mass():
     np.testing.assert_allclose(masses, [-np.inf, np.log(0.5), 0.0], atol=1e-12)
 
 
+def test_no_sample_at_all_has_no_mass_either():
+    """As where maps lose the one chain that a group of a jackknife has."""
+    nothing = np.zeros(0)
+    mass = log_total_mass(nothing, nothing, np.array([2.0, 1.0]), np.zeros(2), np.zeros(2), np.array([0.5, 1.0]))
+    np.testing.assert_array_equal(mass, -np.inf)
+
+
 def test_a_guess_changes_nothing_but_the_work():
     """Close by, far off, and where a pair has no estimate."""
     works = crooks(np.random.default_rng(7), 3.0, 1.5, 60, 40)

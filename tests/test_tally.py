@@ -331,9 +331,9 @@ def test_the_error_of_single_chains_is_that_of_stretches_and_not_of_an_even_lag(
     assert max(found(tally_of(0.0, 0.02))) < 0.06
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_temperatures_of_a_single_chain_have_an_error_too(share):
-    """As many works at each of 400 gaps, beside a κ ladder without noise.
+@pytest.mark.parametrize(("share", "chains"), [(0.0, 1), (1.0, 1), (0.0, 2), (0.0, 8), (1.0, 8)])
+def test_temperatures_of_few_chains_have_an_error_too(share, chains):
+    """As many works at each of 400 gaps, beside a κ ladder without noise. Many chains have a jackknife.
 
     Mutations: passes split at the wrong visit, the work of the way up paired off with the rung below.
     """
@@ -344,22 +344,23 @@ def test_temperatures_of_a_single_chain_have_an_error_too(share):
     def error(visits, joint=0):
         tally = Tally(
             ladder(np.full(50, 3.0), np.full(50, 20.0)),
-            Temperatures(rungs, joint, count - 1), REFERENCE, 1, ANCHOR_COST,
+            Temperatures(rungs, joint, count - 1), REFERENCE, chains, ANCHOR_COST,
         )  # fmt: skip
         for name in ("work_down", "work_up"):
             tally.kappa_seen[name][:] = 0.0
         for which, route in ((COOLING, range(count)), (HEATING, range(count - 1, -1, -1))):
             for rung in np.repeat(route, visits[which]):
-                down, up = 0.1 * rng.normal(size=(2, 1)) + 0.02 * (which == COOLING)
-                seen = {name: np.ones(1) for name in ("cost", "ridge", "reach", "acceptance")}
+                down, up = 0.1 * rng.normal(size=(2, chains)) + 0.02 * (which == COOLING)
+                seen = {name: np.ones(chains) for name in ("cost", "ridge", "reach", "acceptance")}
                 tally.temperature_seen.append((which, int(rung), {**seen, "work_down": down, "work_up": up}))
-        differences = tally.sums(CUTOFFS, 0.3, chains=np.arange(1)).beta_differences
+        differences = tally.sums(CUTOFFS, 0.3, chains=np.arange(chains)).beta_differences
         return tally.ladder_error(np.zeros(49), differences), tally.colder_error(differences)
 
     # What is colder than the joint has a part of its own.
+    known = share or chains < 8
     for visits, joint in (((1, 1), 0), ((2, 2), 0), ((1, 1), 200)):
         errors = np.sqrt(np.mean(np.square([error(visits, joint) for _ in range(20)]), axis=0))
-        expected = [0.1 * np.sqrt(gaps / (2 * sum(visits))) for gaps in (400 - joint, joint)]
+        expected = [0.1 * np.sqrt(gaps / (2 * sum(visits) * chains)) for gaps in (known * (400 - joint), joint)]
         np.testing.assert_allclose(errors, expected, rtol=0.2, atol=1e-9)
 
 

@@ -144,6 +144,8 @@ def log_total_mass(
 
     Reference: Shirts & Chodera, J. Chem. Phys. 129, 124105 (2008), with the normalisers given.
     """
+    if not len(reaches):
+        return np.full(len(cutoffs), -np.inf)
     log_density = log_mixture(costs, betas, counts, log_z)
     if np.any(np.isnan(log_density)):
         return np.full(len(cutoffs), np.nan)

@@ -18,7 +18,7 @@ from volumejax.chains import (
 )
 from volumejax.diagnostics import certified_lower, effective_sample_size, split_r_hat
 from volumejax.results import BoundKind, Kind, VolumeEstimate
-from volumejax.tally import COOLING, HEATING, PARTS, Tally
+from volumejax.tally import COOLING, HEATING, PARTS, Sums, Tally
 
 __all__ = ["Plan", "summarise"]
 
@@ -55,7 +55,7 @@ def summarise(
     The standard error joins statistics with the part of the hysteresis that chance does not explain, as if the two
     passes lay three standard deviations to either side. Statistics are the larger of a jackknife over groups of chains,
     which covers all autocorrelation, and of the chains' scatter on many stretches of the ladder, which few chains tell
-    too.
+    too: these have their scatter from stretch to stretch of the visits to temperatures besides.
     """
     nothing = np.full(tally.chains, -np.inf)
     weights = tally.bound_weights(np.asarray(costs)) if _cooled_once(tally) else nothing
@@ -91,41 +91,42 @@ def summarise(
             kind=Kind.LOWER_BOUND, hysteresis=(cooling, heating),
         )  # fmt: skip
     ladder = tally.ladder_error(whole.kappa_differences, whole.beta_differences)
+    errors, curve = np.zeros(1 + len(plan.cutoffs) + len(whole.energies)), slice(1, 1 + len(plan.cutoffs))
+    # The first visits to the last rung are nearly the one pass and the second ones the other: what sets these apart
+    # explains no hysteresis.
+    chance = 2.0 * tally.ladder_noise(whole.kappa_differences, whole.beta_differences)
     if tally.chains > 1:
         label = everyone % min(_GROUPS, tally.chains)
         without, differences = [], []
         for group in range(label.max() + 1):
             kept = everyone[label != group]
-            without.append(tally.sums(plan.cutoffs, plan.cutoff, chains=kept, passes=passes, near=whole))
+            without.append(_flat(tally.sums(plan.cutoffs, plan.cutoff, chains=kept, passes=passes, near=whole)))
             one, other = (
                 tally.log_mass(plan.cutoff, chains=kept, passes=(which,), near=whole) for which in (COOLING, HEATING)
             )
             differences.append(one - other)
-        statistical = max(float(_jackknife(np.array([sums.log_mass for sums in without]))), ladder)
-        # Each pass alone has half of the samples, and few chains leave the jackknife itself to chance.
-        chance = min(float(_jackknife(np.array(differences))), 2.0 * statistical)
-        shared = 0.0
-    else:
+        errors = _jackknife(np.stack(without))
+    if tally.few:
         without = [
-            tally.sums(plan.cutoffs, plan.cutoff, chains=everyone, passes=passes, near=whole, without=part)
+            _flat(tally.sums(plan.cutoffs, plan.cutoff, chains=everyone, passes=passes, near=whole, without=part))
             for part in range(PARTS)
         ]
-        shared, end = ladder, float(_jackknife(np.array([sums.log_mass for sums in without])))
-        statistical = float(np.hypot(end, shared))
-        # The first visits to the last rung are nearly the one pass and the second ones the other: what sets these apart
-        # explains no hysteresis.
-        chance = 2.0 * tally.ladder_noise(whole.kappa_differences, whole.beta_differences)
+        in_time = _jackknife(np.stack(without))
+        # As much of the way to the coldest temperature as a cutoff lies deep.
+        depths = -np.log((plan.cutoffs - tally.anchor_cost) / (plan.cutoff - tally.anchor_cost))
+        way = np.sqrt(np.maximum(depths, 0.0) / max(float(np.max(depths)), 1e-300))
+        deep = np.hypot(ladder, way * tally.colder_error(whole.beta_differences))
+        in_time[0], in_time[curve] = np.hypot(in_time[0], ladder), np.hypot(in_time[curve], deep)
+        errors = np.maximum(errors, in_time)
+    statistical = max(float(errors[0]), ladder)
+    if tally.chains > 1:
+        # Each pass alone has half of the samples, and few chains leave the jackknife itself to chance.
+        chance = min(float(_jackknife(np.array(differences))), 2.0 * statistical)
     gap = cooling - heating
     lag = float(np.sqrt(max(gap**2 - (2.0 * chance) ** 2, 0.0))) if np.isfinite(gap) else np.inf
     systematic = lag / _LAG
     std_error = float(np.hypot(statistical, systematic) + _ROUNDING * (plan.dimension + abs(whole.log_mass)))
-    curve_errors = _jackknife(np.stack([sums.curve for sums in without]))
-    if tally.chains == 1:
-        # As much of the way to the coldest temperature as a cutoff lies deep.
-        depths = -np.log((plan.cutoffs - tally.anchor_cost) / (plan.cutoff - tally.anchor_cost))
-        way = np.sqrt(depths / max(float(np.max(depths)), 1e-300))
-        curve_errors = np.hypot(curve_errors, way * tally.colder_error(whole.beta_differences))
-    energy_errors = _jackknife(np.stack([sums.energies for sums in without]))
+    energy_errors = errors[curve.stop :]
     trace = _trace(tally, plan, (whole, energy_errors), weights, gradients, progress)
     mixed = (
         np.isfinite(std_error)
@@ -151,7 +152,7 @@ def summarise(
         lower=lower,
         kind=Kind.ESTIMATE if mixed else Kind.NOT_MIXED,
         hysteresis=(cooling, heating),
-        curve=Curve(plan.cutoffs, whole.curve, np.hypot(curve_errors, np.hypot(shared, systematic))),
+        curve=Curve(plan.cutoffs, whole.curve, np.hypot(errors[curve], systematic)),
         coefficient=LearningCoefficient(
             np.asarray(whole.energies[tally.joint]),
             np.asarray(energy_errors[tally.joint] if mixed else np.inf),
@@ -271,6 +272,10 @@ def _integrals(tally: Tally, plan: Plan, without_ladder: float) -> tuple[float, 
     return tuple(
         float(without_ladder + np.trapezoid(values[::-1], x[::-1]) + tail * values[-1]) for values in (raw, corrected)
     )  # pyright: ignore[reportReturnType]
+
+
+def _flat(sums: Sums) -> Vector:
+    return np.concatenate([[sums.log_mass], sums.curve, sums.energies])
 
 
 def _cooled_once(tally: Tally) -> bool:

@@ -30,8 +30,9 @@ _LOST = 0.01
 _STRETCHES, _FEW_STRETCHES = 24, 8
 """Of the κ ladder, as many as its error is made of: each longer than the chains remember; and of the temperatures where
 the ridge rises."""
-PARTS = 6
-"""Stretches of the visits to a temperature that single chains leave out in turn, each longer than they remember."""
+PARTS, _FEW = 6, 4
+"""Stretches of the visits to a temperature that are left out in turn, each longer than chains remember, and chains of a
+pass at most where that is done."""
 _HEDGE = 0.05
 """Weight in the bound of what chains said on their way down, which is left where the maps lose all of them."""
 Vector = NDArray[np.float64]
@@ -133,6 +134,11 @@ class Tally:
         """log of what takes their weights to the region's mass, at each last visit, shape (chains,)."""
         self.on_the_way = np.full(chains, -np.inf)
         """log of the sum over the κ rungs so far of each chain's weight for the mass under that rung's tether."""
+
+    @property
+    def few(self) -> bool:
+        """Whether chains are so few that their scatter alone says little: stretches of time have to."""
+        return self.chains <= _FEW
 
     @property
     def shown(self) -> NDArray[np.bool_]:
@@ -391,8 +397,8 @@ class Tally:
 
         Of the κ ladder. A jackknife has as many terms as chains, and with few of them may come out near zero by chance;
         this has many, but does not know what is remembered from one stretch to the next but one. Where a pass has one
-        chain, its stretches are compared with each other: what it lags behind evenly is no scatter. There, and where
-        the ridge rises, the temperature ladder's error is found like that too.
+        chain, its stretches are compared with each other: what it lags behind evenly is no scatter. Where there are
+        few, or the ridge rises, the temperature ladder's error is found like that too.
         """
         pulls = self._pulls(kappa_differences, beta_differences)
         return float(np.sqrt(sum(self._scatter(parts) for parts in pulls)))
@@ -435,7 +441,7 @@ class Tally:
         """Return by how much each stretch of each chain pulls the ladders' ΔF, shapes (stretches, 2, chains)."""
         down, up = (np.moveaxis(self.kappa_seen[name][:, 1:], 0, 1) for name in ("work_down", "work_up"))
         found = [_pulls_of(down, up, kappa_differences[1:], 1, _STRETCHES)]
-        if self.rises or self.chains == 1:
+        if self.rises or self.few:
             # Colder than the joint lies the curve alone.
             found.append(self._temperature_pulls(beta_differences, slice(self.joint, None)))
         return found
