@@ -328,7 +328,7 @@ def test_the_error_of_single_chains_is_that_of_stretches_and_not_of_an_even_lag(
     truth = 0.1 * np.sqrt(2400 / 4)
     np.testing.assert_allclose(np.sqrt(np.mean(np.square(errors), axis=0)), [truth, truth], rtol=0.15)
     # The passes are 96 nats apart, and the stretches differ by a gap.
-    assert max(found(tally_of(0.0, 0.02))) < 0.06
+    assert max(found(tally_of(0.0, 0.02))) < 0.05
 
 
 @pytest.mark.parametrize(("share", "chains"), [(0.0, 1), (1.0, 1), (0.0, 2), (0.0, 8), (1.0, 8)])
@@ -358,8 +358,8 @@ def test_temperatures_of_few_chains_have_an_error_too(share, chains):
 
     # What is colder than the joint has a part of its own.
     known = share or chains < 8
-    for visits, joint in (((1, 1), 0), ((2, 2), 0), ((1, 1), 200)):
-        errors = np.sqrt(np.mean(np.square([error(visits, joint) for _ in range(20)]), axis=0))
+    for visits, joint in (((1, 1), 0), ((3, 1), 0), ((2, 2), 0), ((1, 1), 200)):
+        errors = np.sqrt(np.mean(np.square([error(visits, joint) for _ in range(40)]), axis=0))
         expected = [0.1 * np.sqrt(gaps / (2 * sum(visits) * chains)) for gaps in (known * (400 - joint), joint)]
         np.testing.assert_allclose(errors, expected, rtol=0.2, atol=1e-9)
 

@@ -66,7 +66,7 @@ class Record(NamedTuple):
     ridge: np.ndarray
     """Of the star with a ridge, NaN elsewhere."""
     ray_end: np.ndarray
-    """Likewise, how far the chain's ray was followed, as `look_along` finds it."""
+    """Likewise, how far the chain's ray goes, as `look_along` finds it."""
     ray_costs: np.ndarray
     """And the costs on it; axes [visits, chains, POINTS], elsewhere one NaN for all."""
 

@@ -4,7 +4,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logsumexp
 
-__all__ = ["acceptance_ratio", "log_mixture", "log_total_mass", "overlap", "ratio_influences"]
+__all__ = [
+    "acceptance_ratio",
+    "log_cover",
+    "log_mixture",
+    "log_pieces",
+    "log_total_mass",
+    "overlap",
+    "ratio_influences",
+]
 
 Vector = NDArray[np.float64]
 _ROUNDS, _CLOSE = 100, 1e-11
@@ -115,11 +123,16 @@ def log_mixture(costs: Vector, betas: Vector, counts: Vector, log_z: Vector) -> 
 
     Costs may be several, shape (samples, guides), each with a β of its own, shape (rungs, guides).
     """
+    energies = costs[:, None] * betas if costs.ndim == 1 else costs @ betas.T
+    return log_cover(energies, counts, log_z)
+
+
+def log_cover(energies: Vector, counts: Vector, log_z: Vector) -> Vector:
+    """Return log Σ_k N_k exp(−E_k − log Z_k), shape (samples,), of energies of shape (samples, rungs)."""
     used = (counts > 0) & np.isfinite(log_z)
     if not used.any():
-        return np.full(len(costs), np.nan)
-    energies = betas[used] * costs[:, None] if costs.ndim == 1 else costs @ betas[used].T
-    return np.asarray(logsumexp(np.log(counts[used]) - energies - log_z[used], axis=1))
+        return np.full(len(energies), np.nan)
+    return np.asarray(logsumexp(np.log(counts[used]) - energies[:, used] - log_z[used], axis=1))
 
 
 def log_total_mass(
@@ -167,14 +180,12 @@ def log_total_mass(
         grid = np.linspace(low, cutoff, _POINTS)
         log_weights = -log_mixture(grid, betas, counts, log_z)
         if log_weights[-1] - log_weights[0] > _STEEP:
-            even = np.log(nearest / (cutoff - low)) + _log_integral(log_weights, grid)
+            even = np.log(nearest / (cutoff - low)) + float(np.logaddexp.reduce(log_pieces(log_weights, grid)))
             masses[i] = np.logaddexp(log_cumulative[rest - 1], even)
     return masses
 
 
-def _log_integral(logs: Vector, x: Vector) -> float:
-    """Return log ∫ e^logs dx, the logs linear between the points."""
-    rises, widths = np.diff(logs), np.diff(x)
-    steep = np.abs(rises) > 1e-6
-    means = np.where(steep, np.expm1(rises) / np.where(steep, rises, 1.0), 1.0)
-    return float(np.logaddexp.reduce(logs[:-1] + np.log(means * widths)))
+def log_pieces(logs: Vector, x: Vector) -> Vector:
+    """Return log ∫ e^logs dx between neighbouring points along the last axis, the logs linear between them."""
+    rises = np.maximum(np.abs(np.diff(logs)), 1e-9)
+    return np.maximum(logs[..., :-1], logs[..., 1:]) + np.log(np.diff(x) * -np.expm1(-rises) / rises)

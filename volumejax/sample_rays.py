@@ -20,6 +20,7 @@ from scipy.special import logsumexp
 
 from volumejax import tree
 from volumejax.ensemble import Ensemble
+from volumejax.free_energy import log_pieces
 
 __all__ = ["POINTS", "SampleRays", "look_along"]
 
@@ -157,10 +158,8 @@ class _Path:
 def _log_integral(logs: Vector, x: Vector) -> Vector:
     """Return log ∫ e^logs dx along the last axis, between the points linear and corrected for what bends them."""
     steps, widths = np.diff(logs), np.diff(x)
-    rises = np.maximum(np.abs(steps), 1e-9)
     bends = 2.0 * np.diff(steps / widths) / (widths[..., 1:] + widths[..., :-1])
     bends = np.concatenate([bends[..., :1], 0.5 * (bends[..., 1:] + bends[..., :-1]), bends[..., -1:]], axis=-1)
     # What is cut off from an arch by its chord, as a share of the integral.
     arch = np.clip(-bends * widths**2 / 12.0, -_ARCH, _ARCH)
-    pieces = np.maximum(logs[..., :-1], logs[..., 1:]) + np.log(widths * -np.expm1(-rises) / rises) + arch
-    return np.asarray(logsumexp(pieces, axis=-1))
+    return np.asarray(logsumexp(log_pieces(logs, x) + arch, axis=-1))

@@ -92,9 +92,6 @@ def summarise(
         )  # fmt: skip
     ladder = tally.ladder_error(whole.kappa_differences, whole.beta_differences)
     errors, curve = np.zeros(1 + len(plan.cutoffs) + len(whole.energies)), slice(1, 1 + len(plan.cutoffs))
-    # The first visits to the last rung are nearly the one pass and the second ones the other: what sets these apart
-    # explains no hysteresis.
-    chance = 2.0 * tally.ladder_noise(whole.kappa_differences, whole.beta_differences)
     if tally.chains > 1:
         label = everyone % min(_GROUPS, tally.chains)
         without, differences = [], []
@@ -122,6 +119,9 @@ def summarise(
     if tally.chains > 1:
         # Each pass alone has half of the samples, and few chains leave the jackknife itself to chance.
         chance = min(float(_jackknife(np.array(differences))), 2.0 * statistical)
+    else:
+        # What is remembered along a stretch may be lag, which explains no hysteresis.
+        chance = 2.0 * tally.ladder_noise(whole.kappa_differences, whole.beta_differences)
     gap = cooling - heating
     lag = float(np.sqrt(max(gap**2 - (2.0 * chance) ** 2, 0.0))) if np.isfinite(gap) else np.inf
     systematic = lag / _LAG

@@ -10,7 +10,7 @@ from scipy.special import logsumexp
 
 from volumejax.annealing import Record
 from volumejax.ensemble import Rung
-from volumejax.free_energy import acceptance_ratio, log_mixture, log_total_mass, overlap, ratio_influences
+from volumejax.free_energy import acceptance_ratio, log_cover, log_mixture, log_total_mass, overlap, ratio_influences
 from volumejax.ladder import Temperatures
 from volumejax.sample_rays import SampleRays
 
@@ -74,21 +74,21 @@ class _Joined(NamedTuple):
     """Of all samples, shape (samples,)."""
     counts: Vector
     """Samples at each temperature, shape (rungs,)."""
-    shares: Vector | None
+    by_ray: Vector | None
     """log of what the ray of each sample from the joint on counts at the run's cutoff, shape (samples,); None where
     samples count."""
 
     def log_masses(self, betas: Vector, cutoffs: Vector, cutoff: float) -> Vector:
         """Return log masses at the cutoffs, at the run's own by rays where there are any."""
         masses = log_total_mass(self.costs, self.reaches, betas, self.counts, self.log_z, cutoffs)
-        if self.shares is None:
+        if self.by_ray is None:
             return masses
-        return np.where(np.isclose(cutoffs, cutoff, rtol=1e-9), np.logaddexp.reduce(self.shares), masses)
+        return np.where(np.isclose(cutoffs, cutoff, rtol=1e-9), np.logaddexp.reduce(self.by_ray), masses)
 
     def leading(self, betas: Vector, cutoff: float) -> float:
         """Return the largest share that a sample, or its ray, has of the mass; NaN where samples near the wall do."""
-        if self.shares is not None:
-            weights = self.shares
+        if self.by_ray is not None:
+            weights = self.by_ray
         elif np.array_equal(self.costs, self.reaches):
             return np.nan
         else:
@@ -118,6 +118,10 @@ class Tally:
         self.kappa, (self.temperature, self.joint, self.natural) = kappa, temperatures
         self.betas, self._shares, self.rises = temperatures.betas, temperatures.shares, temperatures.rises
         self.rays = rays
+        self.few = chains <= _FEW
+        """Whether the chains' scatter alone says little: stretches of time have to."""
+        self._of_passes = 2.0 if chains == 1 else 1.0
+        """n/(n − 1) of the two passes, from whose mean a single chain's works are taken; more chains have their own."""
         self.log_reference, self.chains, self.anchor_cost = log_reference, chains, anchor_cost
         shape = (2, len(kappa.precision), chains)
         skipped = ("leaf_squares", "stretchings", "rises", "permitted", "ray_costs", "ray_end")
@@ -134,11 +138,6 @@ class Tally:
         """log of what takes their weights to the region's mass, at each last visit, shape (chains,)."""
         self.on_the_way = np.full(chains, -np.inf)
         """log of the sum over the κ rungs so far of each chain's weight for the mass under that rung's tether."""
-
-    @property
-    def few(self) -> bool:
-        """Whether chains are so few that their scatter alone says little: stretches of time have to."""
-        return self.chains <= _FEW
 
     @property
     def shown(self) -> NDArray[np.bool_]:
@@ -165,7 +164,7 @@ class Tally:
         for row, rung in enumerate(rungs):
             names = ("cost", "ridge", "reach", "work_down", "work_up", "acceptance")
             seen = {name: np.where(record.permitted[row], getattr(record, name)[row], np.nan) for name in names}
-            if self.rays is not None:
+            if self.rays is not None and rung >= self.joint:
                 names = ("ray_end", "ray_costs", "square", "pulled")
                 seen["mass"], seen["densities"] = self.rays.integrals(*(getattr(record, name)[row] for name in names))
             self.temperature_seen.append((which, rung, seen))
@@ -256,12 +255,10 @@ class Tally:
         without: int | None = None,
     ) -> _Joined:  # fmt: skip
         """Join neighbouring rungs of both ladders by the works of the given chains and passes."""
-        tables = self._temperature_tables(passes)
-        visits = np.cumsum(~np.isnan(tables["cost"]).all(axis=2), axis=1)
-        # Shifted from rung to rung, so that what was visited once or twice is not all of one stretch.
-        share = (visits - 0.5) / np.maximum(visits[:, -1:], 1)
-        part = (PARTS * share // 1 + np.arange(len(visits))[:, None]) % PARTS
-        tables = {name: table[:, :, chains].reshape(len(table), -1, *table.shape[3:]) for name, table in tables.items()}
+        tables = {
+            name: table[:, :, chains].reshape(len(table), -1, *table.shape[3:])
+            for name, table in self._temperature_tables(passes).items()
+        }
         costs, down, up = (tables[name] for name in ("cost", "work_down", "work_up"))
         beta_differences = acceptance_ratio(down[:-1], up[1:], None if near is None else near.beta_differences)
         # Outwards from the joint rung, so that what a pass did not visit spoils nothing else. Where one pass has no
@@ -275,22 +272,27 @@ class Tally:
             costs = np.stack([costs, tables["ridge"]], axis=-1)
         present = np.asarray(~np.isnan(costs).reshape(*down.shape, -1).any(axis=-1))
         if without is not None:
-            present &= np.repeat(part != without, len(chains), axis=1)
+            present &= np.repeat(self._stretches(passes) != without, len(chains), axis=1)
         counts = np.sum(present, axis=1).astype(float)
-        shares = self._shares_of_rays(tables, present, counts, log_z) if self.rays is not None else None
+        by_ray = self._weights_of_rays(tables, present, counts, log_z) if self.rays is not None else None
         return _Joined(
-            kappa_differences, beta_differences, log_z, costs[present], tables["reach"][present], counts, shares
+            kappa_differences, beta_differences, log_z, costs[present], tables["reach"][present], counts, by_ray
         )
 
-    def _shares_of_rays(
+    def _stretches(self, passes: tuple[int, ...]) -> Vector:
+        """Return which of `PARTS` stretches of time each visit belongs to, shape (rungs, visits)."""
+        visits = np.cumsum(~np.isnan(self._temperature_tables(passes)["cost"]).all(axis=2), axis=1)
+        share = (visits - 0.5) / np.maximum(visits[:, -1:], 1)
+        # Shifted from rung to rung, so that what was visited once or twice is not all of one stretch.
+        return (PARTS * share // 1 + np.arange(len(visits))[:, None]) % PARTS
+
+    def _weights_of_rays(
         self, tables: dict[str, Vector], present: NDArray[np.bool_], counts: Vector, log_z: Vector
     ) -> Vector:
-        """Return what each sample's ray counts; of what is colder than the joint not even Z has a part in it."""
+        """Return the log of what each sample's ray counts; of what is colder than the joint not even Z does."""
         warm = slice(self.joint, None)
-        used = (counts[warm] > 0) & np.isfinite(log_z[warm])
-        levels = np.log(counts[warm][used]) - log_z[warm][used]
         mass, densities = (tables[name][warm][present[warm]] for name in ("mass", "densities"))
-        mixture = np.asarray(logsumexp(levels + densities[:, used], axis=1))
+        mixture = log_cover(-densities, counts[warm], log_z[warm])
         return np.nan_to_num(mass - mixture, nan=-np.inf, posinf=-np.inf, neginf=-np.inf)
 
     def _kappa_differences(self, chains: NDArray, passes: tuple[int, ...], near: Sums | None) -> Vector:
@@ -309,11 +311,13 @@ class Tally:
                 if which in passes:
                     rungs[rung].append(seen)
             shape = (len(rungs), max(map(len, rungs)))
-            tables = {name: np.full((*shape, *x.shape), np.nan) for name, x in self.temperature_seen[0][2].items()}
+            # Where they are colder than the joint nobody asks for rays.
+            shapes = {name: x.shape for _, _, seen in self.temperature_seen for name, x in seen.items()}
+            tables = {name: np.full((*shape, *each), np.nan) for name, each in shapes.items()}
             for name, table in tables.items():
                 for rung, visits in enumerate(rungs):
                     for row, seen in enumerate(visits):
-                        table[rung, row] = seen[name]
+                        table[rung, row] = seen.get(name, np.nan)
             self._tables[passes] = tables
         return self._tables[passes]
 
@@ -422,11 +426,6 @@ class Tally:
             0.5 * np.sum(np.diff(part, axis=0) ** 2) * len(part) / (len(part) - 1) for part in parts if len(part) > 1
         )
         return float(np.sqrt(self._of_passes * noise))
-
-    @property
-    def _of_passes(self) -> float:
-        """n/(n − 1) of the two passes, from whose mean a single chain's works are taken; more chains have their own."""
-        return 2.0 if self.chains == 1 else 1.0
 
     def blocked(self) -> float:
         """Return the share of visits, where the ridge rises and on to the natural β, that refused a chain all its way.
