@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from volumejax.chains import ChainTrace
+from volumejax.ensemble import FIELDS, Rung
 from volumejax.records import Row, Run
 from volumejax.results import BoundKind, Kind, RayBatch, VolumeEstimate
 
@@ -48,6 +49,20 @@ def _fill(cls, default, **values):
     """The module with the given fields, and the default for every other one that has none."""
     required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
     return cls(**dict.fromkeys(required, default), **values)
+
+
+@pytest.fixture
+def make_rungs():
+    """`make_rungs(precision, beta)`: rungs of one leaf whose maps do nothing, with arrays of NumPy."""
+
+    def made(precision, beta):
+        ones = np.ones(len(beta))
+        return Rung(
+            precision=precision * ones, beta=beta * ones, masses=ones[:, None], step_size=ones, spread=ones,
+            num_steps=ones, num_moves=ones, stretch=np.stack(FIELDS * [ones], axis=1),
+        )  # fmt: skip
+
+    return made
 
 
 @pytest.fixture

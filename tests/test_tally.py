@@ -7,13 +7,11 @@ counted among the weights.
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from volumejax.annealing import Record
-from volumejax.ensemble import FIELDS, Rung
+from volumejax.ensemble import FIELDS
 from volumejax.ladder import Temperatures
 from volumejax.sample_rays import SampleRays
 from volumejax.tally import COOLING, HEATING, PARTS, Tally
@@ -26,16 +24,6 @@ BETA_STEPS = np.array([-1.5, -1.25, -1.0, -0.75])
 REFERENCE, ANCHOR_COST = -7.0, 0.02
 CUTOFFS = np.array([0.1, 0.3, 2.0])
 EVERYONE = np.arange(CHAINS)
-
-
-def ladder(precision, beta):
-    with jax.enable_x64(True):
-        ones = jnp.ones(len(beta), jnp.float64)
-        rungs = Rung(
-            precision=precision * ones, beta=beta * ones, masses=ones[:, None], step_size=ones, spread=ones,
-            num_steps=ones, num_moves=ones, stretch=jnp.stack(FIELDS * [ones], axis=1),
-        )  # fmt: skip
-    return jax.tree.map(np.asarray, rungs)
 
 
 def record(rungs, steps, costs, noise=0.0):
@@ -62,10 +50,10 @@ def costs_at(rungs, seed):
 
 
 @pytest.fixture
-def make_tally():
+def make_tally(make_rungs):
     return lambda: Tally(
-        ladder(np.array([9.0, 9.0, 3.0, 1.0]), np.array([0.0, 20.0, 20.0, 20.0])),
-        Temperatures(ladder(np.ones(5), BETAS), JOINT, 4), REFERENCE, CHAINS, ANCHOR_COST,
+        make_rungs(np.array([9.0, 9.0, 3.0, 1.0]), np.array([0.0, 20.0, 20.0, 20.0])),
+        Temperatures(make_rungs(np.ones(5), BETAS), JOINT, 4), REFERENCE, CHAINS, ANCHOR_COST,
     )  # fmt: skip
 
 
@@ -240,12 +228,12 @@ def test_chains_in_separate_parts_are_told_from_chains_that_mix(make_tally):
     assert np.isnan(make_tally().separation())
 
 
-def test_single_chains_are_compared_with_that_of_the_other_pass():
+def test_single_chains_are_compared_with_that_of_the_other_pass(make_rungs):
     rng = np.random.default_rng(4)
     for apart, low, high in ((1.0, 0.9, 1.6), (30.0, 5.0, 100.0)):
         tally = Tally(
-            ladder(np.full(41, 3.0), np.full(41, 20.0)),
-            Temperatures(ladder(np.ones(5), BETAS), JOINT, 4), REFERENCE, 1, ANCHOR_COST,
+            make_rungs(np.full(41, 3.0), np.full(41, 20.0)),
+            Temperatures(make_rungs(np.ones(5), BETAS), JOINT, 4), REFERENCE, 1, ANCHOR_COST,
         )  # fmt: skip
         for which, factor in ((COOLING, 1.0), (HEATING, apart)):
             assert np.isnan(tally.separation())
@@ -299,71 +287,6 @@ def test_stretches_are_cut_in_time_at_each_temperature(make_tally):
         np.testing.assert_allclose(left.curve[-1], expected, rtol=1e-9)
 
 
-def test_the_error_of_single_chains_is_that_of_stretches_and_not_of_an_even_lag():
-    """Mutations: the lag of all stretches counted as scatter, nothing left once a chain's own mean is taken out."""
-    levels, rng = 2_401, np.random.default_rng(0)
-
-    def tally_of(noise, lag):
-        tally = Tally(
-            ladder(np.full(levels, 3.0), np.full(levels, 20.0)),
-            Temperatures(ladder(np.ones(5), BETAS), JOINT, 4), REFERENCE, 1, ANCHOR_COST,
-        )  # fmt: skip
-        for which, sign in ((COOLING, 1.0), (HEATING, -1.0)):
-            # What one rung says on the way down the next one says on the way up.
-            work = noise * rng.normal(size=levels) + sign * lag
-            tally.kappa_seen["work_down"][which, :, 0] = work
-            tally.kappa_seen["work_up"][which, :, 0] = -noise * rng.normal(size=levels) - sign * lag
-            for rung in range(JOINT, 5):
-                seen = {name: np.ones(1) for name in ("cost", "ridge", "reach", "acceptance")}
-                works = {name: np.zeros(1) for name in ("work_down", "work_up")}
-                tally.temperature_seen.append((which, rung, {**seen, **works}))
-        return tally
-
-    def found(tally):
-        sums = tally.sums(CUTOFFS, 0.3, chains=np.arange(1))
-        return [of(sums.kappa_differences, sums.beta_differences) for of in (tally.ladder_error, tally.ladder_noise)]
-
-    errors = [found(tally_of(0.1, 0.0)) for _ in range(20)]
-    # Four works at each of 2,400 gaps, whose mean is half of them down and half up.
-    truth = 0.1 * np.sqrt(2400 / 4)
-    np.testing.assert_allclose(np.sqrt(np.mean(np.square(errors), axis=0)), [truth, truth], rtol=0.15)
-    # The passes are 96 nats apart, and the stretches differ by a gap.
-    assert max(found(tally_of(0.0, 0.02))) < 0.05
-
-
-@pytest.mark.parametrize(("share", "chains"), [(0.0, 1), (1.0, 1), (0.0, 2), (0.0, 8), (1.0, 8)])
-def test_temperatures_of_few_chains_have_an_error_too(share, chains):
-    """As many works at each of 400 gaps, beside a κ ladder without noise. Many chains have a jackknife.
-
-    Mutations: passes split at the wrong visit, the work of the way up paired off with the rung below.
-    """
-    rng, count = np.random.default_rng(0), 401
-    shares = share * np.linspace(0.0, 1.0, count)
-    rungs = dataclasses.replace(ladder(np.ones(count), np.full(count, 20.0)), ridge=shares if share else None)
-
-    def error(visits, joint=0):
-        tally = Tally(
-            ladder(np.full(50, 3.0), np.full(50, 20.0)),
-            Temperatures(rungs, joint, count - 1), REFERENCE, chains, ANCHOR_COST,
-        )  # fmt: skip
-        for name in ("work_down", "work_up"):
-            tally.kappa_seen[name][:] = 0.0
-        for which, route in ((COOLING, range(count)), (HEATING, range(count - 1, -1, -1))):
-            for rung in np.repeat(route, visits[which]):
-                down, up = 0.1 * rng.normal(size=(2, chains)) + 0.02 * (which == COOLING)
-                seen = {name: np.ones(chains) for name in ("cost", "ridge", "reach", "acceptance")}
-                tally.temperature_seen.append((which, int(rung), {**seen, "work_down": down, "work_up": up}))
-        differences = tally.sums(CUTOFFS, 0.3, chains=np.arange(chains)).beta_differences
-        return tally.ladder_error(np.zeros(49), differences), tally.colder_error(differences)
-
-    # What is colder than the joint has a part of its own.
-    known = share or chains < 8
-    for visits, joint in (((1, 1), 0), ((3, 1), 0), ((2, 2), 0), ((1, 1), 200)):
-        errors = np.sqrt(np.mean(np.square([error(visits, joint) for _ in range(40)]), axis=0))
-        expected = [0.1 * np.sqrt(gaps / (2 * sum(visits) * chains)) for gaps in (known * (400 - joint), joint)]
-        np.testing.assert_allclose(errors, expected, rtol=0.2, atol=1e-9)
-
-
 def test_a_standstill_is_the_longest_unbroken_stretch(make_tally):
     """Mutations: stretches added up over breaks or passes, the worst chain for the mean, the reference counted."""
     for refused, share in (
@@ -389,13 +312,13 @@ SHARES = np.array([0.0, 0.0, 0.0, 0.5, 1.0])
 
 
 @pytest.fixture
-def ridged():
+def ridged(make_rungs):
     """The rungs after the joint are at its β, and the ridge rises there."""
 
     def made(rays=None):
-        rungs = dataclasses.replace(ladder(np.ones(5), np.append(BETAS[:3], BETAS[[2, 2]])), ridge=SHARES)
+        rungs = dataclasses.replace(make_rungs(np.ones(5), np.append(BETAS[:3], BETAS[[2, 2]])), ridge=SHARES)
         return Tally(
-            ladder(np.array([9.0, 9.0, 3.0, 1.0]), np.array([0.0, 20.0, 20.0, 20.0])),
+            make_rungs(np.array([9.0, 9.0, 3.0, 1.0]), np.array([0.0, 20.0, 20.0, 20.0])),
             Temperatures(rungs, JOINT, 3), REFERENCE, CHAINS, ANCHOR_COST, rays,
         )  # fmt: skip
 
@@ -490,10 +413,10 @@ def test_each_temperature_is_shown_once_and_none_behind_the_wall(ridged, make_ta
 
 
 @pytest.mark.parametrize(("centre", "expected"), [(1.0, 0.0), (0.9, 0.0), (0.7, 3.8), (0.2, 12.5)])
-def test_a_shortfall_is_how_far_the_costs_end_below_the_cutoff(make_tally, centre, expected):
+def test_a_shortfall_is_how_far_the_costs_end_below_the_cutoff(make_tally, make_rungs, centre, expected):
     """Three nats are bridged by weights; costs evenly spread over a fifth of the cutoff, at β = 50 in the end."""
     tally = make_tally()
-    tally.temperature = ladder(np.ones(2), np.array([100.0, 50.0]))
+    tally.temperature = make_rungs(np.ones(2), np.array([100.0, 50.0]))
     costs = np.linspace(centre - 0.1, centre + 0.1, 10 * CHAINS).reshape(10, CHAINS)
     tally.temperature_seen = [(COOLING, rung, {"reach": row - rung + 1.0}) for row in costs for rung in (0, 1)]
     np.testing.assert_allclose(tally.shortfall(1.0), expected, atol=0.2)

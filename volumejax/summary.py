@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpy.typing import NDArray
 
+from volumejax.chain_errors import standard_errors
 from volumejax.chains import (
     LEAST_OVERLAP,
     MOST_BLOCKED,
@@ -18,14 +19,12 @@ from volumejax.chains import (
 )
 from volumejax.diagnostics import certified_lower, effective_sample_size, split_r_hat
 from volumejax.results import BoundKind, Kind, VolumeEstimate
-from volumejax.tally import COOLING, HEATING, PARTS, Sums, Tally
+from volumejax.tally import COOLING, HEATING, Tally
 
 __all__ = ["Plan", "summarise"]
 
 Vector = NDArray[np.float64]
 
-_GROUPS = 16
-"""Groups of chains that the jackknife leaves out in turn."""
 _ROUNDING = 1e-9
 """Error of sums in float64, per dimension and nat."""
 _SMALL, _SHARE = 1.7, 0.017
@@ -52,10 +51,8 @@ def summarise(
 ) -> VolumeEstimate:  # fmt: skip
     """Reduce what is there: a bound while the chains cool, an estimate from one pass, in the end from both.
 
-    The standard error joins statistics with the part of the hysteresis that chance does not explain, as if the two
-    passes lay three standard deviations to either side. Statistics are the larger of a jackknife over groups of chains,
-    which covers all autocorrelation, and of the chains' scatter on many stretches of the ladder, which few chains tell
-    too: these have their scatter from stretch to stretch of the visits to temperatures besides.
+    The standard error joins that of chance with the part of the hysteresis that chance does not explain, as if the two
+    passes lay three standard deviations to either side.
     """
     nothing = np.full(tally.chains, -np.inf)
     weights = tally.bound_weights(np.asarray(costs)) if _cooled_once(tally) else nothing
@@ -90,44 +87,12 @@ def summarise(
             tally, plan, base, trace, weights=weights, log_mass=lower, std_error=np.inf, lower=lower,
             kind=Kind.LOWER_BOUND, hysteresis=(cooling, heating),
         )  # fmt: skip
-    ladder = tally.ladder_error(whole.kappa_differences, whole.beta_differences)
-    errors, curve = np.zeros(1 + len(plan.cutoffs) + len(whole.energies)), slice(1, 1 + len(plan.cutoffs))
-    if tally.chains > 1:
-        label = everyone % min(_GROUPS, tally.chains)
-        without, differences = [], []
-        for group in range(label.max() + 1):
-            kept = everyone[label != group]
-            without.append(_flat(tally.sums(plan.cutoffs, plan.cutoff, chains=kept, passes=passes, near=whole)))
-            one, other = (
-                tally.log_mass(plan.cutoff, chains=kept, passes=(which,), near=whole) for which in (COOLING, HEATING)
-            )
-            differences.append(one - other)
-        errors = _jackknife(np.stack(without))
-    if tally.few:
-        without = [
-            _flat(tally.sums(plan.cutoffs, plan.cutoff, chains=everyone, passes=passes, near=whole, without=part))
-            for part in range(PARTS)
-        ]
-        in_time = _jackknife(np.stack(without))
-        # As much of the way to the coldest temperature as a cutoff lies deep.
-        depths = -np.log((plan.cutoffs - tally.anchor_cost) / (plan.cutoff - tally.anchor_cost))
-        way = np.sqrt(np.maximum(depths, 0.0) / max(float(np.max(depths)), 1e-300))
-        deep = np.hypot(ladder, way * tally.colder_error(whole.beta_differences))
-        in_time[0], in_time[curve] = np.hypot(in_time[0], ladder), np.hypot(in_time[curve], deep)
-        errors = np.maximum(errors, in_time)
-    statistical = max(float(errors[0]), ladder)
-    if tally.chains > 1:
-        # Each pass alone has half of the samples, and few chains leave the jackknife itself to chance.
-        chance = min(float(_jackknife(np.array(differences))), 2.0 * statistical)
-    else:
-        # What is remembered along a stretch may be lag, which explains no hysteresis.
-        chance = 2.0 * tally.ladder_noise(whole.kappa_differences, whole.beta_differences)
+    errors = standard_errors(tally, whole, plan.cutoffs, plan.cutoff, passes)
     gap = cooling - heating
-    lag = float(np.sqrt(max(gap**2 - (2.0 * chance) ** 2, 0.0))) if np.isfinite(gap) else np.inf
+    lag = float(np.sqrt(max(gap**2 - (2.0 * errors.passes) ** 2, 0.0))) if np.isfinite(gap) else np.inf
     systematic = lag / _LAG
-    std_error = float(np.hypot(statistical, systematic) + _ROUNDING * (plan.dimension + abs(whole.log_mass)))
-    energy_errors = errors[curve.stop :]
-    trace = _trace(tally, plan, (whole, energy_errors), weights, gradients, progress)
+    std_error = float(np.hypot(errors.mass, systematic) + _ROUNDING * (plan.dimension + abs(whole.log_mass)))
+    trace = _trace(tally, plan, (whole, errors.energies), weights, gradients, progress)
     mixed = (
         np.isfinite(std_error)
         and lag <= max(_SMALL, _SHARE * abs(whole.log_mass))
@@ -152,10 +117,10 @@ def summarise(
         lower=lower,
         kind=Kind.ESTIMATE if mixed else Kind.NOT_MIXED,
         hysteresis=(cooling, heating),
-        curve=Curve(plan.cutoffs, whole.curve, np.hypot(errors[curve], systematic)),
+        curve=Curve(plan.cutoffs, whole.curve, np.hypot(errors.curve, systematic)),
         coefficient=LearningCoefficient(
             np.asarray(whole.energies[tally.joint]),
-            np.asarray(energy_errors[tally.joint] if mixed else np.inf),
+            np.asarray(errors.energies[tally.joint] if mixed else np.inf),
             np.asarray(tally.temperature.beta[tally.joint]),
         ),
     )
@@ -274,18 +239,6 @@ def _integrals(tally: Tally, plan: Plan, without_ladder: float) -> tuple[float, 
     )  # pyright: ignore[reportReturnType]
 
 
-def _flat(sums: Sums) -> Vector:
-    return np.concatenate([[sums.log_mass], sums.curve, sums.energies])
-
-
 def _cooled_once(tally: Tally) -> bool:
     """Whether the chains have felt the cost: before, their weights say nothing about the region."""
     return bool(np.isfinite(tally.kappa_seen["cost"][COOLING, 1]).any())
-
-
-def _jackknife(values: Vector) -> Vector:
-    """Return the standard error from values with one group left out each, along the first axis."""
-    groups = len(values)
-    finite = np.where(np.isfinite(values), values, np.nan)
-    error = np.sqrt((groups - 1) * np.mean((finite - finite.mean(axis=0)) ** 2, axis=0))
-    return np.asarray(np.where(np.isnan(error), np.inf, error))

@@ -10,7 +10,7 @@ from scipy.special import logsumexp
 
 from volumejax.annealing import Record
 from volumejax.ensemble import Rung
-from volumejax.free_energy import acceptance_ratio, log_cover, log_mixture, log_total_mass, overlap, ratio_influences
+from volumejax.free_energy import acceptance_ratio, log_cover, log_mixture, log_total_mass, overlap
 from volumejax.ladder import Temperatures
 from volumejax.sample_rays import SampleRays
 
@@ -27,9 +27,6 @@ _BRIDGED = 3.0
 """Nats below the cutoff from which weights make up for what chains do not see."""
 _LOST = 0.01
 """Share of the gaps of the κ ladder at which a pass may have lost its chains and still be compared."""
-_STRETCHES, _FEW_STRETCHES = 24, 8
-"""Of the κ ladder, as many as its error is made of: each longer than the chains remember; and of the temperatures where
-the ridge rises."""
 PARTS, _FEW = 6, 4
 """Stretches of the visits to a temperature that are left out in turn, each longer than chains remember, and chains of a
 pass at most where that is done."""
@@ -120,8 +117,6 @@ class Tally:
         self.rays = rays
         self.few = chains <= _FEW
         """Whether the chains' scatter alone says little: stretches of time have to."""
-        self._of_passes = 2.0 if chains == 1 else 1.0
-        """n/(n − 1) of the two passes, from whose mean a single chain's works are taken; more chains have their own."""
         self.log_reference, self.chains, self.anchor_cost = log_reference, chains, anchor_cost
         shape = (2, len(kappa.precision), chains)
         skipped = ("leaf_squares", "stretchings", "rises", "permitted", "ray_costs", "ray_end")
@@ -257,7 +252,7 @@ class Tally:
         """Join neighbouring rungs of both ladders by the works of the given chains and passes."""
         tables = {
             name: table[:, :, chains].reshape(len(table), -1, *table.shape[3:])
-            for name, table in self._temperature_tables(passes).items()
+            for name, table in self.temperature_tables(passes).items()
         }
         costs, down, up = (tables[name] for name in ("cost", "work_down", "work_up"))
         beta_differences = acceptance_ratio(down[:-1], up[1:], None if near is None else near.beta_differences)
@@ -281,7 +276,7 @@ class Tally:
 
     def _stretches(self, passes: tuple[int, ...]) -> Vector:
         """Return which of `PARTS` stretches of time each visit belongs to, shape (rungs, visits)."""
-        visits = np.cumsum(~np.isnan(self._temperature_tables(passes)["cost"]).all(axis=2), axis=1)
+        visits = np.cumsum(~np.isnan(self.temperature_tables(passes)["cost"]).all(axis=2), axis=1)
         share = (visits - 0.5) / np.maximum(visits[:, -1:], 1)
         # Shifted from rung to rung, so that what was visited once or twice is not all of one stretch.
         return (PARTS * share // 1 + np.arange(len(visits))[:, None]) % PARTS
@@ -302,7 +297,7 @@ class Tally:
         down[:, 0] = self.kappa_seen["work_down"][COOLING, 0, chains]
         return acceptance_ratio(_rows(down)[:-1], _rows(up)[1:], None if near is None else near.kappa_differences)
 
-    def _temperature_tables(self, passes: tuple[int, ...]) -> dict[str, Vector]:
+    def temperature_tables(self, passes: tuple[int, ...]) -> dict[str, Vector]:
         """Return what was seen by rung, visit and chain; NaN where there is nothing."""
         if passes not in self._tables:
             rungs: list[list[dict[str, Vector]]] = [[] for _ in self.temperature.beta]
@@ -396,37 +391,6 @@ class Tally:
             longest = np.maximum(longest, here)
         return float(np.max(longest.mean(axis=1)) / np.sum(spent))
 
-    def ladder_error(self, kappa_differences: Vector, beta_differences: Vector) -> float:
-        """Return the standard error of ΔF from the scatter of chains on stretches of the ladders.
-
-        Of the κ ladder. A jackknife has as many terms as chains, and with few of them may come out near zero by chance;
-        this has many, but does not know what is remembered from one stretch to the next but one. Where a pass has one
-        chain, its stretches are compared with each other: what it lags behind evenly is no scatter. Where there are
-        few, or the ridge rises, the temperature ladder's error is found like that too.
-        """
-        pulls = self._pulls(kappa_differences, beta_differences)
-        return float(np.sqrt(sum(self._scatter(parts) for parts in pulls)))
-
-    def colder_error(self, beta_differences: Vector) -> float:
-        """Return the standard error of ΔF from the joint to the coldest temperature; 0 where nothing is colder."""
-        if self.joint == 0:
-            return 0.0
-        return float(np.sqrt(self._scatter(self._temperature_pulls(beta_differences, slice(0, self.joint)))))
-
-    def _scatter(self, parts: Vector) -> float:
-        over = 2 if self.chains > 1 else 0
-        about = parts - parts.mean(axis=over, keepdims=True)
-        variance = np.sum(about**2) + 2.0 * max(float(np.sum(about[1:] * about[:-1])), 0.0)
-        return self._of_passes * float(variance) * about.shape[over] / max(about.shape[over] - 1, 1)
-
-    def ladder_noise(self, kappa_differences: Vector, beta_differences: Vector) -> float:
-        """Return the part of `ladder_error` that neighbouring stretches do not share, and so is no lag."""
-        parts = self._pulls(kappa_differences, beta_differences)
-        noise = sum(
-            0.5 * np.sum(np.diff(part, axis=0) ** 2) * len(part) / (len(part) - 1) for part in parts if len(part) > 1
-        )
-        return float(np.sqrt(self._of_passes * noise))
-
     def blocked(self) -> float:
         """Return the share of visits, where the ridge rises and on to the natural β, that refused a chain all its way.
 
@@ -436,21 +400,6 @@ class Tally:
         visits = [seen["acceptance"] for _, rung, seen in self.temperature_seen if rung in rises]
         return float(np.mean(np.stack(visits) < _REFUSED)) if visits else np.nan
 
-    def _pulls(self, kappa_differences: Vector, beta_differences: Vector) -> list[Vector]:
-        """Return by how much each stretch of each chain pulls the ladders' ΔF, shapes (stretches, 2, chains)."""
-        down, up = (np.moveaxis(self.kappa_seen[name][:, 1:], 0, 1) for name in ("work_down", "work_up"))
-        found = [_pulls_of(down, up, kappa_differences[1:], 1, _STRETCHES)]
-        if self.rises or self.few:
-            # Colder than the joint lies the curve alone.
-            found.append(self._temperature_pulls(beta_differences, slice(self.joint, None)))
-        return found
-
-    def _temperature_pulls(self, beta_differences: Vector, gaps: slice) -> Vector:
-        cooling, heating = (self._temperature_tables((which,)) for which in (COOLING, HEATING))
-        down, up = (np.concatenate([cooling[way], heating[way]], axis=1) for way in ("work_down", "work_up"))
-        rungs = slice(gaps.start, None if gaps.stop is None else gaps.stop + 1)
-        return _pulls_of(down[rungs], up[rungs], beta_differences[gaps], cooling["work_down"].shape[1], _FEW_STRETCHES)
-
     def overlaps(self, differences: Vector) -> Vector:
         """Return the overlap of each pair of neighbouring κ rungs."""
         return overlap(_rows(self.kappa_seen["work_down"])[:-1], _rows(self.kappa_seen["work_up"])[1:], differences)
@@ -459,21 +408,3 @@ class Tally:
 def _rows(works: Vector) -> Vector:
     """Return works of shape (passes, rungs, chains) as (rungs, passes · chains)."""
     return np.moveaxis(works, 0, 1).reshape(works.shape[1], -1)
-
-
-def _pulls_of(down: Vector, up: Vector, differences: Vector, cooling: int, stretches: int) -> Vector:
-    """Return by how much each stretch of each chain pulls ΔF, shape (stretches, 2, chains).
-
-    Args:
-        down: works, shape (rungs, visits, chains).
-        up: likewise.
-        differences: ΔF between neighbours.
-        cooling: how many of the visits are the cooling pass's.
-        stretches: how many to make.
-    """
-    shape = (len(down) - 1, *down.shape[1:])
-    # By gaps: there what every work down pulls is made up for by one that goes up.
-    forward, backward = (x.reshape(len(x), -1) for x in (down[:-1], up[1:]))
-    pulls = np.add(*(pull.reshape(shape) for pull in ratio_influences(forward, backward, differences)))
-    passes = np.stack([part.sum(axis=1) for part in np.split(pulls, [cooling], axis=1)], axis=1)
-    return np.stack([part.sum(axis=0) for part in np.array_split(passes, min(stretches, len(passes)))])

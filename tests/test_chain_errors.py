@@ -1,0 +1,112 @@
+"""Standard errors of planted works, whose scatter is known.
+
+Mutations these catch: those that the tests name.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from volumejax.chain_errors import colder_error, ladder_error, ladder_noise, standard_errors
+from volumejax.ladder import Temperatures
+from volumejax.tally import COOLING, HEATING, Tally
+
+
+def test_the_error_of_single_chains_is_that_of_stretches_and_not_of_an_even_lag(make_rungs):
+    """Mutations: the lag of all stretches counted as scatter, nothing left once a chain's own mean is taken out."""
+    levels, rng = 2_401, np.random.default_rng(0)
+
+    def tally_of(noise, lag):
+        tally = Tally(
+            make_rungs(np.full(levels, 3.0), np.full(levels, 20.0)),
+            Temperatures(make_rungs(np.ones(5), np.full(5, 20.0)), 2, 4), -7.0, 1, 0.02,
+        )  # fmt: skip
+        for which, sign in ((COOLING, 1.0), (HEATING, -1.0)):
+            # What one rung says on the way down the next one says on the way up.
+            work = noise * rng.normal(size=levels) + sign * lag
+            tally.kappa_seen["work_down"][which, :, 0] = work
+            tally.kappa_seen["work_up"][which, :, 0] = -noise * rng.normal(size=levels) - sign * lag
+            for rung in range(2, 5):
+                seen = {name: np.ones(1) for name in ("cost", "ridge", "reach", "acceptance")}
+                works = {name: np.zeros(1) for name in ("work_down", "work_up")}
+                tally.temperature_seen.append((which, rung, {**seen, **works}))
+        return tally
+
+    def found(tally):
+        sums = tally.sums(np.array([0.3]), 0.3, chains=np.arange(1))
+        return [of(tally, sums.kappa_differences, sums.beta_differences) for of in (ladder_error, ladder_noise)]
+
+    errors = [found(tally_of(0.1, 0.0)) for _ in range(20)]
+    # Four works at each of 2,400 gaps, whose mean is half of them down and half up.
+    truth = 0.1 * np.sqrt(2400 / 4)
+    np.testing.assert_allclose(np.sqrt(np.mean(np.square(errors), axis=0)), [truth, truth], rtol=0.15)
+    # The passes are 96 nats apart, and the stretches differ by a gap.
+    assert max(found(tally_of(0.0, 0.02))) < 0.05
+
+
+@pytest.mark.parametrize(("share", "chains"), [(0.0, 1), (1.0, 1), (0.0, 2), (0.0, 8), (1.0, 8)])
+def test_temperatures_of_few_chains_have_an_error_too(make_rungs, share, chains):
+    """As many works at each of 400 gaps, beside a κ ladder without noise. Many chains have a jackknife.
+
+    Mutations: passes split at the wrong visit, the work of the way up paired off with the rung below.
+    """
+    rng, count = np.random.default_rng(0), 401
+    shares = share * np.linspace(0.0, 1.0, count)
+    rungs = dataclasses.replace(make_rungs(np.ones(count), np.full(count, 20.0)), ridge=shares if share else None)
+
+    def error(visits, joint=0):
+        tally = Tally(
+            make_rungs(np.full(50, 3.0), np.full(50, 20.0)),
+            Temperatures(rungs, joint, count - 1), -7.0, chains, 0.02,
+        )  # fmt: skip
+        for name in ("work_down", "work_up"):
+            tally.kappa_seen[name][:] = 0.0
+        for which, route in ((COOLING, range(count)), (HEATING, range(count - 1, -1, -1))):
+            for rung in np.repeat(route, visits[which]):
+                down, up = 0.1 * rng.normal(size=(2, chains)) + 0.02 * (which == COOLING)
+                seen = {name: np.ones(chains) for name in ("cost", "ridge", "reach", "acceptance")}
+                tally.temperature_seen.append((which, int(rung), {**seen, "work_down": down, "work_up": up}))
+        differences = tally.sums(np.array([0.3]), 0.3, chains=np.arange(chains)).beta_differences
+        return ladder_error(tally, np.zeros(49), differences), colder_error(tally, differences)
+
+    # What is colder than the joint has a part of its own.
+    known = share or chains < 8
+    for visits, joint in (((1, 1), 0), ((3, 1), 0), ((2, 2), 0), ((1, 1), 200)):
+        errors = np.sqrt(np.mean(np.square([error(visits, joint) for _ in range(40)]), axis=0))
+        expected = [0.1 * np.sqrt(gaps / (2 * sum(visits) * chains)) for gaps in (known * (400 - joint), joint)]
+        np.testing.assert_allclose(errors, expected, rtol=0.2, atol=1e-9)
+
+
+@pytest.mark.parametrize(("of_chains", "of_time"), [(0.0, 0.3), (0.3, 0.0), (0.0, 0.0)])
+def test_few_chains_have_the_larger_error_of_chains_and_of_time(make_rungs, of_chains, of_time):
+    """Two chains that differ from each other at the second of two temperatures, or both from visit to visit.
+
+    The temperatures are alike, and the mass is the mean of e^{βC} over both.
+    Mutations: the jackknife alone, the stretches alone, their sum, chains left out by time.
+    """
+    beta, visits = 20.0, 6
+    tally = Tally(
+        make_rungs(np.ones(4), np.full(4, beta)), Temperatures(make_rungs(np.ones(2), np.full(2, beta)), 0, 1),
+        -7.0, 2, 0.0,
+    )  # fmt: skip
+    for name in ("work_down", "work_up"):
+        tally.kappa_seen[name][:] = 0.0
+    energies = np.ones((2, visits, 2))
+    energies[1] += of_chains * np.array([-1.0, 1.0]) + of_time * np.linspace(-1.0, 1.0, visits)[:, None]
+    for rung in (0, 1):
+        for visit, energy in enumerate(energies[rung]):
+            seen = {name: energy / beta for name in ("cost", "ridge")} | {"reach": np.ones(2)}
+            works = {name: np.zeros(2) for name in ("work_down", "work_up")}
+            which = COOLING if visit < visits // 2 else HEATING
+            tally.temperature_seen.append((which, rung, seen | works))
+    whole = tally.sums(np.array([1.0]), 1.0, chains=np.arange(2))
+    errors = standard_errors(tally, whole, np.array([1.0]), 1.0, (COOLING, HEATING))
+
+    def jackknife(axis):
+        left = np.log([np.mean(np.delete(np.exp(energies), k, axis)) for k in range(energies.shape[axis])])
+        return np.sqrt((len(left) - 1) * np.mean((left - left.mean()) ** 2))
+
+    expected = max(jackknife(1), jackknife(2))
+    assert errors.mass == pytest.approx(expected, abs=1e-9)
+    assert errors.curve[0] == pytest.approx(expected, abs=1e-9)
