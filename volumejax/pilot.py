@@ -15,6 +15,7 @@ from volumejax.flight import POOLED, Flight, Gait, Stop, joined, leaf_sizes, str
 from volumejax.ladder import Survey
 from volumejax.metric import Metric
 from volumejax.parallel import Launcher
+from volumejax.regions import Star
 
 __all__ = ["Pilot", "fly"]
 
@@ -34,9 +35,9 @@ _LEAST_MARGIN = 3.0
 """And by how many nats at least: with few confined directions the energy has an exponential tail."""
 _FULL, _LEAST_WIDTH = 0.9, 0.05
 """Share of the room that the cost may be seen to fill at the next stop of the way down, unless the step is shorter."""
-_LAGGING = 0.25
+_LAGGING, _STARS_LAGGING = 0.85, 0.25
 """And by which share of itself at least, where nearly all directions are free: with what chains lag behind in these
-their cost swings by a part of itself, and not of its root."""
+their cost swings by a part of itself, and not of its root. A star's mass is where its guide is high."""
 _DOWN, _THERE = 0.25, 0.3
 """Shares of the budget for the way down and for the stay at its end; the rest is for the way up."""
 _LEAST_SETTLING, _MOST_SETTLING = 12, 64
@@ -199,7 +200,8 @@ def _target(flight: Flight, energy: float, bulge: float, factor: float) -> float
     """Return the β at which an energy λ and its swings, `bulge` times as high on the segment, stay below the wall."""
     dimension = flight.ensemble.dimension
     free = max(1.0 - 2.0 * energy / dimension, 0.0) if dimension >= CHEAP else 0.0
-    margin = max(_MARGIN * np.sqrt(energy) + _LEAST_MARGIN, _LAGGING * free * energy)
+    lagging = _STARS_LAGGING if isinstance(flight.ensemble.region, Star) else _LAGGING
+    margin = max(_MARGIN * np.sqrt(energy) + _LEAST_MARGIN, lagging * free * energy)
     return factor * bulge * (energy + margin) / flight.room
 
 

@@ -52,7 +52,6 @@ _PILOT, _KAPPA, _TEMPERATURE = 0.13, 0.38, 0.03
 """Shares of them for the pilot, each pass down or up the κ ladder, and the temperatures."""
 _LEAST_CHAINS, _USUAL_CHAINS = 1, 2
 """Of each pass; where there is one, the pilot takes half of its share, as if there were two."""
-"""Of each pass."""
 _MOST_STEPS = 500
 _PLACES = (1.0, 1.0, 100.0)
 """Precisions, relative to the prior's, of the draws at which a leaf is seen to be added to the outputs."""
@@ -64,11 +63,13 @@ _LAST_VISITS = 24
 """Visits of each chain to the last rung, over which the final factor is averaged."""
 _FIRST_VISITS = 4
 """Visits of the heating chains beyond the end of the ladder, at its end and at the natural β, before they count."""
+_SETTLED = 0.1
+"""Of the gradients of a pass of the κ ladder, those for which the heating chains stay at its end before they climb."""
 _SECONDS = 2.0
 """Between two yields, at least."""
 _OVERSHOOT = 0.9
 """Precision, relative to the prior's, to which the heating chains are let go before they start."""
-_PILOT_KEY, _START, _COOL, _RELEASE, _CURVE, _OVER, _SETTLE, _HEAT, _WARM = range(9)
+_PILOT_KEY, _START, _COOL, _RELEASE, _CURVE, _OVER, _SETTLE, _HEAT, _WARM, _DWELL = range(10)
 
 
 def tether_volume(
@@ -325,6 +326,7 @@ class _Run:
         )
         kappa_table, temperature_table = pad(kappa), pad(temperature)
         bottom, last = len(kappa.precision) - 1, len(temperature.beta) - 1
+        settling = max(round(_SETTLED * float(np.sum(kappa.gradients) / kappa.gradients[bottom])), 1)
 
         def enter_kappa(which: int) -> Callable[[list[int], Record], None]:
             return lambda rungs, record: tally.add_kappa(which, rungs, record)
@@ -371,6 +373,8 @@ class _Run:
                 _SETTLE,
                 enter_temperature(HEATING, False),
             ),
+            # And settle at the ladder's β, where they are less far out.
+            Leg("heating", ensemble, kappa_table, [bottom] * (settling + 1), _DWELL, lambda *_: None),
             Leg("heating", ensemble, kappa_table, [*range(bottom, 0, -1), 1], _HEAT, enter_kappa(HEATING)),
         ]
         if ensemble.frame.stiffness == 0.0:
