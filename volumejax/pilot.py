@@ -35,9 +35,10 @@ _LEAST_MARGIN = 3.0
 """And by how many nats at least: with few confined directions the energy has an exponential tail."""
 _FULL, _LEAST_WIDTH = 0.9, 0.05
 """Share of the room that the cost may be seen to fill at the next stop of the way down, unless the step is shorter."""
-_LAGGING, _STARS_LAGGING = 0.85, 0.25
+_LAGGING, _SETTLED_LAGGING = 0.25, 0.85
 """And by which share of itself at least, where nearly all directions are free: with what chains lag behind in these
-their cost swings by a part of itself, and not of its root. A star's mass is where its guide is high."""
+their cost swings by a part of itself, and not of its root. On the way down, and of the κ ladder's β; but for the star,
+whose mass is where its guide is high."""
 _DOWN, _THERE = 0.25, 0.3
 """Shares of the budget for the way down and for the stay at its end; the rest is for the way up."""
 _LEAST_SETTLING, _MOST_SETTLING = 12, 64
@@ -113,7 +114,9 @@ def fly(
     def descend(ensemble: Ensemble, key: Array, spent: int) -> tuple[Flight, list[Stop]]:
         flight = Flight(ensemble, key, chains, anchor_cost, batch_size, launchers, groups=groups)
         flight.gradients = spent
-        return flight, _descend(flight, beta_factor, _DOWN * budget, progress)
+        # At a β below the natural one steps down would be short; it is set where the chains settle.
+        factor = beta_factor if ensemble.dimension < CHEAP else max(beta_factor, 1.0)
+        return flight, _descend(flight, factor, _DOWN * budget, progress)
 
     def settle(flight: Flight, scouts: list[Stop]) -> tuple[float, float, Stop]:
         return _settle_beta(flight, scouts[-1], beta_factor, (_DOWN + _THERE) * budget)
@@ -196,11 +199,11 @@ def _settled_by(records: list[Record], x: float) -> float:
     return max(float(np.mean(falls)), 0.0) + 2.0 * float(np.std(falls, ddof=1)) / float(np.sqrt(len(falls)))
 
 
-def _target(flight: Flight, energy: float, bulge: float, factor: float) -> float:
+def _target(flight: Flight, energy: float, bulge: float, factor: float, *, settled: bool = False) -> float:
     """Return the β at which an energy λ and its swings, `bulge` times as high on the segment, stay below the wall."""
     dimension = flight.ensemble.dimension
     free = max(1.0 - 2.0 * energy / dimension, 0.0) if dimension >= CHEAP else 0.0
-    lagging = _STARS_LAGGING if isinstance(flight.ensemble.region, Star) else _LAGGING
+    lagging = _SETTLED_LAGGING if settled and not isinstance(flight.ensemble.region, Star) else _LAGGING
     margin = max(_MARGIN * np.sqrt(energy) + _LEAST_MARGIN, lagging * free * energy)
     return factor * bulge * (energy + margin) / flight.room
 
@@ -299,7 +302,8 @@ def _settle_beta(flight: Flight, stop: Stop, factor: float, until: float) -> tup
         flight.learn(stop.x, beta, keep=_MOST_SETTLING, settled=large)
         variance = variances(flight.ensemble, record)
         energies.append(max(flight.expected(record, stop.x, beta), 0.1))
-        wanted = _target(flight, float(np.mean(energies[-_LEAST_SETTLING // 2 :])), flight.bulge(record), factor)
+        energy = float(np.mean(energies[-_LEAST_SETTLING // 2 :]))
+        wanted = _target(flight, energy, flight.bulge(record), factor, settled=True)
         beta *= float(np.exp(np.clip(np.log(wanted / beta), -0.15, 0.15)))
         flight.follow(stop.x, beta, variance)
     record = joined(records[-len(records) // 2 :])
