@@ -1,7 +1,4 @@
-"""Standard errors of planted works, whose scatter is known.
-
-Mutations these catch: those that the tests name.
-"""
+"""Standard errors of planted works, whose scatter is known."""
 
 import dataclasses
 

@@ -20,11 +20,11 @@ from volumejax.regions import Connected, Star
 D = 40
 
 
-def fly_from_zero(cost, cutoff, region, chains=4, dimension=D):
+def fly_from_zero(cost, cutoff, region, chains=4, dimension=D, factor=1.0):
     ensemble = ensemble_of(cost, frame_of(Gaussian(1.0), jnp.zeros(dimension)), cutoff=cutoff, region=region)
     return fly(
-        ensemble, jax.random.key(0), chains=chains, budget=2_000.0, anchor_cost=0.0, beta_factor=1.0, batch_size=None,
-        launchers=[Launcher(None)], on_progress=lambda share: None,
+        ensemble, jax.random.key(0), chains=chains, budget=2_000.0, anchor_cost=0.0, beta_factor=factor,
+        batch_size=None, launchers=[Launcher(None)], on_progress=lambda share: None,
     )  # fmt: skip
 
 
@@ -44,6 +44,22 @@ def test_its_ends_are_chains_at_the_end_of_the_way_down(chains):
     # A chain of 20 free directions has Σδ² = 20 ± 6.3.
     assert np.all(np.abs(np.sum(ends[:, D // 2 :] ** 2, axis=1) - D // 2) < 18.0)
     assert np.all(np.sum(ends[:, : D // 2] ** 2, axis=1) < 2e-2)
+
+
+@pytest.mark.parametrize(
+    ("region", "factor", "natural", "above"),
+    [(Connected(), 1.0, 1e4, 1.71), (Connected(), 0.7, 1e4, 1.2), (Star(), 1.0, 2e4 / (1.0 + 0.7**2), 1.38)],
+)
+def test_the_ladder_is_walked_far_above_the_natural_temperature_where_much_is_free(region, factor, natural, above):
+    """λ = 100 of 1,200 dimensions: 0.85 · 100 · (1 − 200/1,200) nats of margin; 3.5 · 10 + 3 for the star.
+
+    Its guide is the mean of the cost there and at 0.7 of the way.
+    Mutations: one margin for both regions, the factor left out where chains settle, the way down's margin kept.
+    """
+    confined = lambda w: 0.5 * jnp.sum(w[:200] ** 2)
+    survey = fly_from_zero(confined, 1e-2, region, dimension=1_200, factor=factor).survey
+    assert survey.natural_beta == pytest.approx(natural, rel=0.1)
+    assert survey.beta / survey.natural_beta == pytest.approx(above, rel=0.03)
 
 
 def crest(width):

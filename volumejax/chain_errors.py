@@ -12,6 +12,8 @@ __all__ = ["Errors", "colder_error", "ladder_error", "ladder_noise", "standard_e
 
 _GROUPS = 16
 """Groups of chains that the jackknife leaves out in turn."""
+_FEW = 4
+"""Chains of a pass at most where their scatter alone says little: stretches of time have to."""
 _STRETCHES, _FEW_STRETCHES = 24, 8
 """Of the κ ladder, as many as its error is made of: each longer than the chains remember; and of the temperatures."""
 Vector = NDArray[np.float64]
@@ -52,7 +54,7 @@ def standard_errors(tally: Tally, whole: Sums, cutoffs: Vector, cutoff: float, p
             )
             differences.append(one - other)
     curve = slice(1, 1 + len(cutoffs))
-    if tally.few:
+    if tally.chains <= _FEW:
         in_time = _jackknife(np.stack([left(everyone, part) for part in range(PARTS)]))
         # As much of the way to the coldest temperature as a cutoff lies deep.
         depths = -np.log((cutoffs - tally.anchor_cost) / (cutoff - tally.anchor_cost))
@@ -114,7 +116,7 @@ def _pulls(tally: Tally, kappa_differences: Vector, beta_differences: Vector) ->
     """Return by how much each stretch of each chain pulls the ladders' ΔF, shapes (stretches, 2, chains)."""
     down, up = (np.moveaxis(tally.kappa_seen[name][:, 1:], 0, 1) for name in ("work_down", "work_up"))
     found = [_pulls_of(down, up, kappa_differences[1:], 1, _STRETCHES)]
-    if tally.rises or tally.few:
+    if tally.rises or tally.chains <= _FEW:
         # Colder than the joint lies the curve alone.
         found.append(_temperature_pulls(tally, beta_differences, slice(tally.joint, None)))
     return found

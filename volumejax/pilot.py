@@ -37,8 +37,8 @@ _FULL, _LEAST_WIDTH = 0.9, 0.05
 """Share of the room that the cost may be seen to fill at the next stop of the way down, unless the step is shorter."""
 _LAGGING, _SETTLED_LAGGING = 0.25, 0.85
 """And by which share of itself at least, where nearly all directions are free: with what chains lag behind in these
-their cost swings by a part of itself, and not of its root. On the way down, and of the κ ladder's β; but for the star,
-whose mass is where its guide is high."""
+their cost swings by a part of itself, and not of its root. The second for the β of the κ ladder, once chains have
+settled; but for the star, whose mass is where its guide is high."""
 _DOWN, _THERE = 0.25, 0.3
 """Shares of the budget for the way down and for the stay at its end; the rest is for the way up."""
 _LEAST_SETTLING, _MOST_SETTLING = 12, 64

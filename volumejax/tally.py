@@ -27,9 +27,8 @@ _BRIDGED = 3.0
 """Nats below the cutoff from which weights make up for what chains do not see."""
 _LOST = 0.01
 """Share of the gaps of the κ ladder at which a pass may have lost its chains and still be compared."""
-PARTS, _FEW = 6, 4
-"""Stretches of the visits to a temperature that are left out in turn, each longer than chains remember, and chains of a
-pass at most where that is done."""
+PARTS = 6
+"""Stretches of the visits to a temperature that are left out in turn, each longer than chains remember."""
 _HEDGE = 0.05
 """Weight in the bound of what chains said on their way down, which is left where the maps lose all of them."""
 Vector = NDArray[np.float64]
@@ -115,8 +114,6 @@ class Tally:
         self.kappa, (self.temperature, self.joint, self.natural) = kappa, temperatures
         self.betas, self._shares, self.rises = temperatures.betas, temperatures.shares, temperatures.rises
         self.rays = rays
-        self.few = chains <= _FEW
-        """Whether the chains' scatter alone says little: stretches of time have to."""
         self.log_reference, self.chains, self.anchor_cost = log_reference, chains, anchor_cost
         shape = (2, len(kappa.precision), chains)
         skipped = ("leaf_squares", "stretchings", "rises", "permitted", "ray_costs", "ray_end")
