@@ -16,7 +16,7 @@ LAYERS = [
     ["chains", "islands"],
     ["spectrum"],
     ["coefficients", "exact", "results", "parallel", "diagnostics", "rows", "eigenpairs"],
-    ["priors", "regions", "behaviours", "curvature", "lanczos", "langevin", "validation"],
+    ["priors", "regions", "ridge", "behaviours", "curvature", "lanczos", "langevin", "validation"],
     ["reference", "proposals", "optax_moments", "boundary", "frames", "hessian", "shear"],
     ["low_rank"],
     ["tempering"],

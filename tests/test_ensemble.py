@@ -5,6 +5,8 @@ not at all, the log of the map's volume of the wrong sign, b·δ left out of the
 where the star asks for the segment, NaN taken for inside, float64 left on while the user's cost runs.
 """
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.flatten_util
@@ -13,11 +15,12 @@ import numpy as np
 import pytest
 
 from volumejax import tree
-from volumejax.ensemble import Ensemble, Position, Ridge
+from volumejax.ensemble import Ensemble, Position
 from volumejax.frames import frame_of
 from volumejax.metric import fit_metric, plain_metric
 from volumejax.priors import Gaussian, UniformBox
 from volumejax.regions import Connected, Star
+from volumejax.ridge import Ridge
 
 PARAMS = {"w": jnp.array([0.5, -0.25, 0.75]), "b": jnp.array([0.1, 0.2])}
 WIDTHS = {"w": jnp.array([0.5, 2.0, 0.1]), "b": 0.3}
@@ -212,7 +215,7 @@ def ridged(checks=16, share=0.5, sharpness=3.0):
     """A star whose cost has a hump on the way along the first axis, and the NumPy twin of its ridge."""
     hump = lambda x: jnp.sum(x**2) + 2.0 * jnp.exp(-8.0 * jnp.sum((x - jnp.array([0.4, 0.0])) ** 2))
     star = ensemble_of(hump, Gaussian(1.0), jnp.zeros(2), 50.0, Star(checks))
-    star = eqx.tree_at(lambda e: e.ridge, star, Ridge(number(share), number(sharpness)), is_leaf=lambda x: x is None)
+    star = dataclasses.replace(star, ridge=Ridge(number(share), number(sharpness)))
 
     def by_hand(point):
         costs = np.array([float(hump(t * point)) for t in star.eyes], np.float64)

@@ -26,6 +26,7 @@ from volumejax import tree
 from volumejax.frames import Frame
 from volumejax.metric import Metric
 from volumejax.regions import Connected, Star
+from volumejax.ridge import EYES, RIDGE_PRICE, Ridge, held, ridge_above
 from volumejax.shear import Shear
 from volumejax.tree import wide
 
@@ -33,14 +34,11 @@ __all__ = [
     "CHEAP",
     "FIELDS",
     "PACES",
-    "RIDGE_PRICE",
     "SHORT",
     "Ensemble",
     "Position",
-    "Ridge",
     "Rung",
     "ensemble_of",
-    "held",
     "toll_share",
     "trajectories",
     "with_ridge",
@@ -58,30 +56,6 @@ the cost lets each coordinate, and slide it as if there were none. And how many 
 _BULGES = (0.7,)
 """Where segments that leave the region do so first, unless a pilot finds other places: on the digits network between
 0.6 and 0.85 where the prior is as wide as the parameters, at 0.2 where it is six times as wide and 0.7 is held."""
-
-
-_EYES, _SHARPNESS = 4, 24.0
-"""Places at which the ridge looks, for each of the guide's, and the share of the room below the cutoff over which it is
-smooth: one in so many."""
-RIDGE_PRICE = 1 + _EYES
-"""Gradients of the guide that one is worth where the ridge has a share."""
-
-
-class Ridge(eqx.Module):
-    """A smooth maximum of the cost along the star's segment, brought to the guide's height; float64."""
-
-    share: Float[Array, ""]
-    """What it is multiplied by."""
-    sharpness: Float[Array, ""]
-    """Per nat."""
-
-    def __call__(self, costs: Float[Array, "eyes"]) -> Float[Array, ""]:
-        """Return the ridge of these costs."""
-        return self.share * jax.scipy.special.logsumexp(self.sharpness * wide(costs)) / self.sharpness
-
-    def slope(self, costs: Float[Array, "eyes"]) -> Float[Array, "eyes"]:
-        """Return how it answers to each of them."""
-        return self.share * jax.nn.softmax(self.sharpness * wide(costs))
 
 
 class Position(eqx.Module):
@@ -142,13 +116,6 @@ def toll_share(precision: Any, beta: Any) -> Array:
     Beyond the end of the tether it goes with the rest of the prior.
     """
     return jnp.where(beta > 0.0, jnp.minimum(precision, 1.0), 0.0)
-
-
-def held(cost: Any, ridge: Any, share: Any) -> Any:
-    """Return what β multiplies, of the guide and the ridge with that share of it; None for none."""
-    if ridge is None or share is None:
-        return cost
-    return jnp.where(share > 0.0, (1.0 - share) * cost + share * ridge, cost)
 
 
 class Ensemble(eqx.Module):
@@ -263,7 +230,7 @@ class Ensemble(eqx.Module):
     @property
     def eyes(self) -> tuple[float, ...]:
         """Fractions of the segment at which the ridge looks, some of those that are checked."""
-        count = min(_EYES * len(self.guides), self.checks)
+        count = min(EYES * len(self.guides), self.checks)
         return tuple(float(self._fractions[round(i * self.checks / count) - 1]) for i in range(1, count + 1))
 
     @property
@@ -440,9 +407,7 @@ def with_ridge(ensemble: Ensemble, anchor_cost: float, bulge: float) -> Ensemble
         anchor_cost: C(θ0), nats.
         bulge: by how much higher than the guide the largest cost on a segment is.
     """
-    with jax.enable_x64(True):
-        ridge = Ridge(jnp.float64(1.0 / bulge), jnp.float64(_SHARPNESS / (float(ensemble.cutoff) - anchor_cost)))
-    return dataclasses.replace(ensemble, ridge=ridge)
+    return dataclasses.replace(ensemble, ridge=ridge_above(float(ensemble.cutoff) - anchor_cost, bulge))
 
 
 def ensemble_of(

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from volumejax import tree
-from volumejax.ensemble import Ensemble, Position, Rung, held, toll_share
+from volumejax.ensemble import Ensemble, Position, Rung, toll_share
 from volumejax.frames import Walls
 from volumejax.metric import Metric
+from volumejax.ridge import held
 from volumejax.tree import wide
 
 __all__ = ["MoveInfo", "hmc"]

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from scipy import stats
 from scipy.interpolate import PchipInterpolator
 
-from volumejax.ensemble import FIELDS, RIDGE_PRICE, SHORT, STRETCHES, Rung, trajectories
+from volumejax.ensemble import FIELDS, SHORT, STRETCHES, Rung, trajectories
 from volumejax.metric import mass_power
+from volumejax.ridge import RIDGE_PRICE
 
 __all__ = ["Survey", "Temperatures", "best_share", "kappa_ladder", "temperature_ladder", "trajectory_length"]
 
