@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import volumejax as vj
-from volumejax import ladder, reference
+from volumejax import ladder, passes, reference, tether
 from volumejax.results import BoundKind, Kind
 
 SPREAD = np.logspace(-3, 2, 100)
@@ -230,6 +230,25 @@ def test_the_stream_goes_from_bounds_to_the_estimate(ball, estimate):
     assert seen[-1].log_mass == estimate.log_mass
     progress = [float(e.trace.progress) for e in seen]
     assert progress == sorted(progress) and progress[-1] == 1.0
+
+
+def test_heating_chains_stay_at_the_ladders_end_before_they_climb(monkeypatch, ball):
+    """They come there from a lower β; where the last of the tether goes slowly they would bring its lag along."""
+    legs = []
+
+    def keep(*args):
+        legs.append(passes.Leg(*args))
+        return legs[-1]
+
+    monkeypatch.setattr(tether, "Leg", keep)
+    options = {"cutoff": ball.cutoff, "effort": 0.05, "decades": 0.0}
+    next(vj.tether_stream(jax.random.key(0), ball.cost, ball.params, ball.prior, **options))
+    cooling, before, stay, climb = legs[0], *[leg for leg in legs if leg.stage == "heating"][-3:]
+    last = max(cooling.route)
+    assert set(stay.route) == {last} and climb.route[0] == last and min(climb.route) < last
+    assert 0.05 < stay.gradients / climb.gradients < 0.2
+    beta = float(before.table.beta[before.route[-1]])
+    assert beta == float(stay.table.beta[last]) == float(climb.table.beta[last])
 
 
 def test_an_interrupt_keeps_what_was_done(ball):
