@@ -229,17 +229,79 @@ def test_a_chain_that_slides_back_is_where_it_was():
     assert np.min(np.abs(log.cost[1] / log.cost[0] - 1.0)) > 1e-4
 
 
-def test_a_chain_whose_image_is_outside_stays_inside(journey):
-    """At the last rungs the wall is near: the work is infinite there, and the chain remains."""
-    _, _, send = journey
-    positions, log = send([0, 1, 2, 3, 4, 5, 6, 7])
-    misses = 0
-    for first in range(7, 47, 4):
-        route = [7, 6, 5, 6, 7]
-        positions, log = send(route, positions=positions, first=first)
-        misses += np.sum(np.isposinf(log.work_down[2:]))
-        assert np.all(np.asarray(positions.cost) <= 0.35) and np.all(log.cost <= 0.35)
-    assert misses > 0
+BALL, PRECISIONS, DRAWS = 0.5, np.array([6.0, 2.0]), 6000
+"""The cost is half the square of the distance: a unit ball, under a flat prior and two tethers."""
+
+
+def in_ball(precision, seed):
+    """Exact draws from exp(-(precision + 1) r^2/2) in the unit ball, and the log of its integral."""
+    r = np.linspace(0.0, 1.0, 20_001)
+    middle = 0.5 * (r[1:] + r[:-1])
+    shell = 4.0 * np.pi * middle**2 * np.exp(-0.5 * (precision + 1.0) * middle**2) / 20_000
+    rng = np.random.default_rng(seed)
+    ways = rng.normal(size=(DRAWS, 3))
+    radii = np.interp(rng.uniform(size=DRAWS), np.append(0.0, np.cumsum(shell) / np.sum(shell)), r)
+    return radii[:, None] * ways / np.linalg.norm(ways, axis=1, keepdims=True), np.log(np.sum(shell))
+
+
+def stepped(draws, route, region, share):
+    """Take chains that stand at `draws` a step along `route`, by `share` of the map that free ones would want."""
+    anchor = {"w": jnp.zeros(3)}
+    ensemble = ensemble_of(
+        lambda p: 0.5 * jnp.sum(p["w"] ** 2), frame_of(Gaussian(1.0), anchor), cutoff=BALL, region=region
+    )
+    ones, half = np.ones(2), 0.5 * np.log(PRECISIONS[0] / PRECISIONS[1])
+    rungs = Rung(
+        precision=PRECISIONS, beta=ones, masses=np.ones((2, 1)), step_size=ones, spread=0.0 * ones,
+        num_steps=np.ones(2, np.int32), num_moves=np.zeros(2, np.int32),
+        stretch=np.outer([share * half, 0.0], np.eye(FIELDS)[0]),
+    )  # fmt: skip
+    start = jax.vmap(ensemble.position)({"w": jnp.asarray(draws, jnp.float32)})
+    sent = set_out(ensemble, plain_metric(anchor, turns=True), jax.random.key(5), start, pad(rungs), route, 0, None)
+    return np.asarray(sent.ends.displacement["w"], np.float64), sent.record()
+
+
+@pytest.mark.parametrize("region", [Connected(), Star(num_checks=4)])
+def test_works_at_the_wall_tell_the_ratio_of_the_masses(region):
+    """A third of the chains stand where the map leads outside: those that stay share their place with images."""
+    (down, whole), (up, part) = in_ball(PRECISIONS[0], 0), in_ball(PRECISIONS[1], 1)
+    for works, answer in (
+        (stepped(down, [0, 1], region, 1.0)[1].work_down[0], part - whole),
+        (stepped(up, [1, 0], region, 1.0)[1].work_up[0], whole - part),
+    ):
+        ratios = np.exp(-works)
+        assert abs(np.mean(ratios) - np.exp(answer)) < 4.0 * np.std(ratios) / np.sqrt(DRAWS)
+        assert np.all(np.isfinite(works))
+
+
+def test_chains_next_to_the_wall_stay_where_they_are():
+    """On the way down all those whose image is outside; on the way up half of the outermost, as a coin decides."""
+    (down, _), (up, _) = in_ball(PRECISIONS[0], 0), in_ball(PRECISIONS[1], 1)
+    factor = np.sqrt(PRECISIONS[0] / PRECISIONS[1])
+    end, log = stepped(down, [0, 1], Connected(), 1.0)
+    length = np.linalg.norm(down, axis=1)
+    outside = factor * length > 1.0
+    assert 0.2 < np.mean(outside) < 0.5
+    np.testing.assert_allclose(end, np.where(outside, 1.0, factor)[:, None] * down, rtol=1e-5)
+    assert np.linalg.norm(end, axis=1).max() <= 1.0
+    stays = 0.5 * (PRECISIONS[1] - PRECISIONS[0]) * length**2 + np.log(2.0)
+    np.testing.assert_allclose(log.work_down[0, outside], stays[outside], rtol=1e-5, atol=1e-6)
+    end, log = stepped(up, [1, 0], Connected(), 1.0)
+    length = np.linalg.norm(up, axis=1)
+    outermost, stayed = factor * length > 1.0, np.linalg.norm(end - up, axis=1) < 1e-5 * length
+    assert not np.any(stayed & ~outermost) and abs(np.mean(stayed[outermost]) - 0.5) < 0.04
+    np.testing.assert_allclose(end, np.where(stayed, 1.0, 1.0 / factor)[:, None] * up, rtol=1e-5)
+    # The two works of an image are one, but for a chain that may have stayed.
+    there, ahead = stepped(down[~outside], [0, 1], Connected(), 1.0)
+    _, back = stepped(there, [1, 0], Connected(), 1.0)
+    came = np.abs(back.work_up[0] + ahead.work_down[0]) < 1e-3
+    assert np.all(came | (factor * np.linalg.norm(there, axis=1) > 1.0)) and np.mean(came) > 0.6
+
+
+def test_a_chain_that_is_outside_has_no_weight_unless_it_comes_in():
+    far = 1.5 * np.eye(3)
+    _, log = stepped(far, [0, 1], Connected(), 0.0)
+    assert np.all(np.isposinf(log.work_down)) and not log.permitted.any()
 
 
 @pytest.mark.parametrize("batch_size", [None, 4])

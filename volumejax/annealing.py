@@ -3,6 +3,7 @@
 One compiled program serves every pass: the ladder is a table of fixed length and the route through it is data.
 """
 
+import math
 from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from volumejax import tree
 from volumejax.ensemble import FIELDS, PACES, SHORT, Ensemble, Position, Rung, trajectories
@@ -29,6 +30,8 @@ MOST_VISITS = 32
 """Rungs visited in one call of the compiled program, at most."""
 _WIDEST = 5.0
 """Half a change of log a up to which a slide grows like its exponential; the last may be infinite."""
+_COIN, _SHARED = 2**31 - 1, math.log(2.0)
+"""Of the keys below a visit's, that of the coin; and what a place costs that two may have come to."""
 TABLE = 1024
 """Rungs that a table holds at least, so that different ladders share one program."""
 
@@ -51,9 +54,9 @@ class Record(NamedTuple):
     rises: np.ndarray
     """The part of it that is E's own."""
     work_down: np.ndarray
-    """Work of the map to the next rung; +inf where the image is outside."""
+    """Work of the step to the next rung; +inf where the chain is outside."""
     work_up: np.ndarray
-    """Work of the inverse map to the rung before."""
+    """Work of the inverse step to the rung before; +inf where the chain cannot have come from there."""
     acceptance: np.ndarray
     """Mean Metropolis probability of the long trajectories."""
     inside: np.ndarray
@@ -177,8 +180,13 @@ def _visit_one(
         )  # fmt: skip
         return metric.precisions(stiffness, a, beta, d), (a, beta)
 
-    def look(args: tuple[Array, Array, Array]) -> tuple[Position, Array]:
-        sign, above, target = args
+    def ahead_of(target: Array) -> tuple[tuple[Array, Array], tuple[Any, Any]]:
+        there = (jnp.asarray(table.precision)[target], jnp.asarray(table.beta)[target])
+        return there, (None, None) if levels is None else (levels[here], levels[target])
+
+    def look(state_so_far: tuple[Position, Array], way: tuple[Array, ...]) -> tuple[tuple[Position, Array], Array]:
+        onward, was_outside = state_so_far
+        sign, above, target, taken, stays = way
         # The way back takes the same map, which is the upper rung's.
         precisions, upper = scene(above)
         soft, treedef = jax.tree.flatten(ensemble.softness(precisions))
@@ -193,19 +201,32 @@ def _visit_one(
             half = jnp.clip(0.5 * jnp.log(upper[0] / lower), -_WIDEST, _WIDEST)
             half = jnp.where(jnp.abs(half) > 1e-6, half, 1e-6)
             pace = -jnp.exp(half) * jnp.expm1(half) / half
-            backs = [jnp.where(sign > 0.0, 1.0, -jnp.exp(-s)) for s in logs]
+            backs = [jnp.where(sign < 0.0, -jnp.exp(-s), jnp.where(sign > 1.0, 1.0 + jnp.exp(s), 1.0)) for s in logs]
             slides = [jax.tree.leaves(way) for way in ensemble.slide(metric, *upper)]
             goes = [
                 sum(pace * s[i] * way[i] for s, way in zip(slid, slides, strict=True)) * back
                 for i, back in enumerate(backs)
             ]
             shift = treedef.unflatten(goes)
-        there = (jnp.asarray(table.precision)[target], jnp.asarray(table.beta)[target])
-        shares = (None, None) if levels is None else (levels[here], levels[target])
-        return ensemble.carry(position, metric, gains, shift, state, there, shares)
+        image, work = ensemble.carry(position, metric, gains, shift, state, *ahead_of(target))
+        outside = ~jnp.isfinite(work)
+        goes = taken & ~outside & ~(stays & was_outside)
+        return (jax.tree.map(lambda x, y: jnp.where(goes, x, y), image, onward), outside), work
 
-    ways = (jnp.asarray([1.0, -1.0], jnp.float32), jnp.stack([here, before]), jnp.stack([here + 1, before]))
-    images, works = jax.lax.map(look, ways)
+    with jax.enable_x64(False):
+        stays = jax.random.bernoulli(jax.random.fold_in(jax.random.fold_in(key, index), _COIN))
+    # To the wall and back up, then twice and once down: each pair tells whether a chain is next to the wall.
+    ways = (
+        jnp.asarray([1.0, -1.0, 2.0, 1.0], jnp.float32),
+        jnp.stack([before, before, here, here]),
+        jnp.stack([before, before, here + 1, here + 1]),
+        jnp.stack([False, ahead < here, False, ahead > here]),
+        jnp.stack([False, stays, False, False]),
+    )
+    (onward, _), works = jax.lax.scan(look, (position, jnp.zeros((), bool)), ways)
+    permitted = ensemble.permits(position.reach, d)
+    rests = [ensemble.rest(position, state, *ahead_of(level)) for level in (before, here + 1)]
+    work_up, work_down = _works(works, stays, rests[0], jnp.where(permitted, rests[1], jnp.inf))
     place, sizes = metric.turned(d), jnp.asarray([x.size for x in jax.tree.leaves(d)], jnp.float64)
     pull = jax.tree.map(jnp.zeros_like, d) if ensemble.frame.pull is None else metric.turned(ensemble.frame.pull)
     stretchings = [
@@ -226,22 +247,37 @@ def _visit_one(
         "leaf_squares": tree.leaf_dots(d, d),
         "stretchings": jnp.concatenate(stretchings),
         "rises": jnp.ravel(position.virials),
-        "work_down": works[0],
-        "work_up": works[1],
+        "work_down": work_down,
+        "work_up": work_up,
         "acceptance": sums[0],
         "inside": sums[1],
         "bounces": sums[2],
         "non_finite": sums[3],
-        "permitted": ensemble.permits(position.reach, d),
+        "permitted": permitted,
         "ridge": jnp.full((), jnp.nan) if position.ridge is None else position.ridge,
         "ray_end": ray_end,
         "ray_costs": ray_costs,
     }
-    # Where the image is outside the chain stays as it is: its weight is zero, and it is still a point of the region.
-    side = jnp.where(ahead > here, 0, 1)
-    goes = (ahead != here) & jnp.isfinite(works[side])
-    onward = jax.tree.map(lambda stay, both: jnp.where(goes, both[side], stay), position, images)
     return seen, onward
+
+
+def _works(
+    works: Float[Array, "4"], stays: Bool[Array, ""], rest_up: Float[Array, ""], rest_down: Float[Array, ""]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Return the works of a chain's steps up and down.
+
+    A map would take those that stand next to the wall through it. They stay where they are, and share that place with
+    the images of others: on the way back each is as likely to have stayed as to have come, which a coin decides.
+
+    Args:
+        works: of the maps as `_visit_one` tries them, +inf where the image is outside.
+        stays: the coin.
+        rest_up: work without a map.
+        rest_down: likewise, +inf for a chain that is outside.
+    """
+    shared = jnp.where(jnp.isfinite(works[::2]), 0.0, _SHARED)
+    up = jnp.where(stays & (shared[0] > 0.0), rest_up, works[1]) - shared[0]
+    return up, jnp.where(jnp.isfinite(works[3]), works[3] + shared[1], rest_down + _SHARED)
 
 
 @jit_ahead

@@ -386,17 +386,31 @@ class Ensemble(eqx.Module):
             middle = jax.tree.map(lambda x, y: 0.5 * (wide(x) + wide(y)), moved, d)
             growth = jax.tree.reduce(jnp.add, jax.tree.map(lambda g: jnp.sum(jnp.log1p(wide(g))), gains))
             work = (
-                there[1] * held(cost, ridge, shares[1])
-                - here[1] * held(position.cost, position.ridge, shares[0])
-                + 0.5 * (there[0] - here[0]) * tree.dot(d, d)
+                self.rest(position, here, there, shares)
+                + there[1] * (held(cost, ridge, shares[1]) - held(position.cost, position.ridge, shares[1]))
                 + there[0] * tree.dot(rounded, middle)
                 + self.frame.pulled(rounded)
                 - growth
             )
             if toll is not None and position.toll is not None:
-                work = work + toll_share(*there) * toll - toll_share(*here) * position.toll
+                work = work + toll_share(*there) * (toll - position.toll)
             inside = self.permits(image.reach, moved)
             return image, jnp.where(inside, work, jnp.inf)
+
+    def rest(
+        self, position: Position, here: tuple[Array, Array], there: tuple[Array, Array], shares: tuple[Any, Any]
+    ) -> Float[Array, ""]:
+        """Return the work U'(δ) − U(δ) of a chain that stays where it is, nats; arguments as for `carry`."""
+        with jax.enable_x64(True):
+            d = position.displacement
+            before, after = (
+                beta * held(position.cost, position.ridge, share)
+                for (_, beta), share in zip((here, there), shares, strict=True)
+            )
+            work = after - before + 0.5 * (there[0] - here[0]) * tree.dot(d, d)
+            if position.toll is not None:
+                work = work + (toll_share(*there) - toll_share(*here)) * position.toll
+            return work
 
 
 def with_ridge(ensemble: Ensemble, anchor_cost: float, bulge: float) -> Ensemble:
