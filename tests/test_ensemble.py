@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 
 from volumejax import tree
-from volumejax.ensemble import Ensemble, Position
+from volumejax.ensemble import Ensemble, Position, with_bulges
 from volumejax.frames import frame_of
 from volumejax.metric import fit_metric, plain_metric
 from volumejax.priors import Gaussian, UniformBox
 from volumejax.regions import Connected, Star
-from volumejax.ridge import Ridge
 
 PARAMS = {"w": jnp.array([0.5, -0.25, 0.75]), "b": jnp.array([0.1, 0.2])}
 WIDTHS = {"w": jnp.array([0.5, 2.0, 0.1]), "b": 0.3}
@@ -44,7 +43,8 @@ def number(x):
 
 
 def ensemble_of(cost, prior, params, cutoff, region=Connected()):  # noqa: B008 - frozen and stateless
-    return Ensemble(cost, frame_of(prior, params), number(cutoff), region, False)
+    ensemble = Ensemble(cost, frame_of(prior, params), number(cutoff), region, False)
+    return with_bulges(ensemble, [0.7]) if isinstance(region, Star) else ensemble
 
 
 def position_at(ensemble, displacement):
@@ -71,7 +71,7 @@ def carry(ensemble, position, log_stretch, *where):
 
 
 def test_the_slope_is_the_gradient_in_whitened_coordinates(gaussian, displacement):
-    value, slope = gaussian.value_and_slope(displacement)
+    (value, *_), slope = gaussian.slope(displacement, jnp.float32(0.0))
     composed = lambda d: cost(gaussian.frame.params(d))
     expected = jax.grad(composed)(displacement)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), slope, expected)
@@ -90,7 +90,7 @@ def test_the_cost_runs_in_the_callers_precision():
     ensemble = ensemble_of(spy, Gaussian(1.0), PARAMS, 1.0)
     with jax.enable_x64(True):
         ensemble.value(PARAMS)
-        ensemble.value_and_slope(PARAMS)
+        ensemble.slope(PARAMS, jnp.float32(0.0))
     assert set(seen) == {(False, jnp.dtype("float32"))}
 
 
@@ -203,8 +203,7 @@ def test_the_guide_of_the_star_is_the_mean_cost_at_two_points():
     )
     point = jnp.array([1.0, -0.5])
     ratio = 0.5 * (1.0 + 0.7**4)
-    value, slope = star.value_and_slope(point)
-    own, own_slope = connected.value_and_slope(point)
+    ((value, *_), slope), ((own, *_), own_slope) = (e.slope(point, jnp.float32(0.0)) for e in (star, connected))
     assert np.isclose(float(star.value(point)), float(value), rtol=1e-6)
     assert np.isclose(float(value), ratio * float(own), rtol=1e-6)
     np.testing.assert_allclose(slope, ratio * own_slope, rtol=1e-6)
@@ -215,7 +214,8 @@ def ridged(checks=16, share=0.5, sharpness=3.0):
     """A star whose cost has a hump on the way along the first axis, and the NumPy twin of its ridge."""
     hump = lambda x: jnp.sum(x**2) + 2.0 * jnp.exp(-8.0 * jnp.sum((x - jnp.array([0.4, 0.0])) ** 2))
     star = ensemble_of(hump, Gaussian(1.0), jnp.zeros(2), 50.0, Star(checks))
-    star = dataclasses.replace(star, ridge=Ridge(number(share), number(sharpness)))
+    ridge = dataclasses.replace(star.ridge, share=number(share), sharpness=number(sharpness))
+    star = dataclasses.replace(star, ridge=ridge)
 
     def by_hand(point):
         costs = np.array([float(hump(t * point)) for t in star.eyes], np.float64)
@@ -230,25 +230,25 @@ def test_the_ridge_is_a_smooth_maximum_over_some_of_the_checked_points(checks, e
     assert len(star.eyes) == eyes and star.eyes[-1] == 1.0
     assert np.all(np.diff([0.0, *star.eyes]) <= 1.0 / eyes + 1.0 / checks)
     point = jnp.array([1.1, -0.3])
-    ridge, top, slope = star.ridge_and_slope(point)
-    np.testing.assert_allclose([float(ridge), float(top)], by_hand(point), rtol=1e-6)
+    seen, slope = star.slope(point, jnp.float32(0.0), number(1.0))
+    np.testing.assert_allclose([float(seen.ridge), float(seen.top)], by_hand(point), rtol=1e-6)
     step = 1e-2 * jnp.array([0.6, 0.8])
     rise = by_hand(point + step)[0] - by_hand(point - step)[0]
     np.testing.assert_allclose(rise, 2.0 * float(slope @ step), rtol=2e-3)
     # And what a look at the whole segment says of it.
-    np.testing.assert_allclose(float(star.position(point).ridge), float(ridge), rtol=1e-6)
+    np.testing.assert_allclose(float(star.position(point).ridge), float(seen.ridge), rtol=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_the_ridge_takes_its_share_of_the_slope(share):
-    star, _ = ridged()
+    star, by_hand = ridged()
     point = jnp.array([1.1, -0.3])
-    seen = star.value_and_slope(point)
-    ridge, top, steep = star.ridge_and_slope(point)
-    found = eqx.filter_jit(lambda s: star.steepened(point, seen, s))(number(share))
-    np.testing.assert_allclose(found[2], (1.0 - share) * seen[1] + share * steep, rtol=1e-6)
-    expected = [ridge, top] if share else [np.nan, seen[0]]
-    np.testing.assert_allclose(found[:2], np.array(expected, np.float64), rtol=1e-6)
+    (_, whole), (_, steep) = (star.slope(point, jnp.float32(0.0), number(s)) for s in (0.0, 1.0))
+    seen, slope = eqx.filter_jit(lambda s: star.slope(point, jnp.float32(0.0), s))(number(share))
+    np.testing.assert_allclose(slope, (1.0 - share) * whole + share * steep, rtol=1e-5)
+    guide = np.mean([float(star.cost(t * point)) for t in star.guides])
+    ridge, top = by_hand(point) if share else (np.nan, guide)
+    np.testing.assert_allclose([seen.cost, seen.top, seen.ridge], [guide, top, ridge], rtol=1e-6)
 
 
 def test_the_work_of_a_ridge_that_rises():

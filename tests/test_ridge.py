@@ -1,7 +1,8 @@
 """The ridge over costs that are given, against NumPy.
 
-Mutations these catch: a sharpness that is not over the room, a ridge not brought to the guide's height, a slope of
-another function, the guide's share taken for the ridge's, NaN of a ridge that has no share let through.
+Mutations these catch: a sharpness that is not over the room, a ridge not brought to the guide's height, sums not
+brought to a new height, a guide's place counted, the guide's share taken for the ridge's, NaN of a ridge that has no
+share let through.
 """
 
 import jax
@@ -12,33 +13,50 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import logsumexp
 
-from volumejax.ridge import Ridge, held, ridge_above
+from volumejax.ridge import EYES, Climb, held, places_of, ridge_of
 
 HEIGHTS = st.lists(st.floats(0.0, 2.0, width=32), min_size=1, max_size=9)
 
 
-def ridge_of(share, sharpness):
-    with jax.enable_x64(True):
-        return Ridge(jnp.float64(share), jnp.float64(sharpness))
-
-
 @given(HEIGHTS)
 def test_a_ridge_is_the_largest_cost_but_for_its_sharpness(heights):
-    costs, ridge = np.array(heights, np.float32), ridge_above(0.5, 1.25)
+    """Of those that it sees: where segments are checked in three times as many places, each third."""
+    ridge = ridge_of(0.5, 1.25, 3 * len(heights), -(-len(heights) // EYES), asks_rays=False)
+    assert ridge.eyes.count >= len(heights)
+    costs, eyes = np.full(3 * len(heights), 9.0, np.float32), list(ridge.eyes.listed)
+    costs[eyes] = np.resize(heights, len(eyes))
+    seen = costs[eyes]
     with jax.enable_x64(True):
         found = float(ridge(jnp.asarray(costs)))
-    np.testing.assert_allclose(found, logsumexp(48.0 * costs.astype(np.float64)) / 48.0 / 1.25, rtol=1e-12)
-    assert max(heights) / 1.25 <= found + 1e-9
-    assert found <= (max(heights) + np.log(len(heights)) / 48.0) / 1.25 + 1e-9
+    np.testing.assert_allclose(found, logsumexp(48.0 * seen.astype(np.float64)) / 48.0 / 1.25, rtol=1e-12)
+    assert max(seen) / 1.25 <= found + 1e-9
+    assert found <= (max(seen) + np.log(len(seen)) / 48.0) / 1.25 + 1e-9
 
 
-def test_the_slope_is_the_derivative_by_each_cost():
-    costs, ridge = np.array([0.2, 0.5, 0.45]), ridge_of(0.8, 10.0)
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 0, 2]])
+def test_a_climb_ends_at_the_ridge_and_its_derivative(order):
+    """Whatever the order, and whatever the guide has seen between."""
+    heights = np.array([0.2, 0.5, 0.45])
+    ridge = ridge_of(2.4, 1.25, 3, 1, asks_rays=False)
     with jax.enable_x64(True):
-        found = np.asarray(ridge.slope(jnp.asarray(costs)))
-        np.testing.assert_allclose(found, jax.grad(ridge)(jnp.asarray(costs)), rtol=1e-12)
-    np.testing.assert_allclose(np.sum(found), 0.8, rtol=1e-12)
-    assert found[1] > found[2] > found[0] > 0.0
+        slopes = jax.grad(lambda c: ridge(c))(jnp.asarray(heights))
+        climb = Climb.begun(jnp.zeros(3, jnp.float32))
+        for i in order:
+            for is_eye in (False, True):
+                unit = jnp.zeros(3, jnp.float32).at[i].set(1.0)
+                climb = climb.seeing(ridge, jnp.float64(heights[i] + (not is_eye)), unit, jnp.asarray(is_eye))
+        value, slope = climb.ended(ridge)
+        np.testing.assert_allclose(float(value), float(ridge(jnp.asarray(heights))), rtol=1e-12)
+    np.testing.assert_allclose(slope, slopes, rtol=1e-6)
+    np.testing.assert_allclose(np.sum(slope), 0.8, rtol=1e-6)
+    assert slope[1] > slope[2] > slope[0] > 0.0 and float(climb.top) == 0.5
+
+
+@given(st.lists(st.floats(0.0, 1.0, width=32), max_size=3))
+def test_a_list_of_places_has_one_shape(numbers):
+    places = places_of(numbers, 3)
+    assert places.listed == tuple(np.asarray(numbers, np.float32).tolist()) and places.values.shape == (3,)
+    assert np.sum(places.counts) == len(numbers) and not np.any(places.counts[len(numbers) :])
 
 
 @pytest.mark.parametrize("share, expected", [(0.0, 2.0), (0.25, 3.0), (1.0, 6.0)])

@@ -5,14 +5,12 @@ of the guide for that of the ridge, the prior's pull with the wrong sign, t^D fo
 forgotten, a wall that makes the spline ring.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from volumejax.ensemble import ensemble_of, with_ridge
+from volumejax.ensemble import ensemble_of, with_bulges, with_ridge
 from volumejax.frames import frame_of
 from volumejax.priors import Gaussian, UniformBall, UniformBox
 from volumejax.regions import Star
@@ -23,7 +21,7 @@ CUTOFF = 0.1
 
 def star(cost, anchor, prior, bulges=(0.7,), cutoff=CUTOFF):
     plain = ensemble_of(cost, frame_of(prior, anchor), cutoff=cutoff, region=Star(16))
-    return with_ridge(dataclasses.replace(plain, bulges=bulges), 0.0, 1.4)
+    return with_ridge(with_bulges(plain, bulges), 0.0, 1.4)
 
 
 def humped(x):

@@ -239,7 +239,7 @@ def test_beyond_the_end_of_the_tether_the_toll_goes_with_the_prior(ensemble):
 @pytest.mark.parametrize("beta", [0.5, 40.0])
 def test_the_slope_is_that_of_cost_and_toll(ensemble, beta):
     d = place(ensemble)
-    cost, toll, slope = ensemble.slope(d, jnp.float32(1.0 / beta))
+    (cost, _, toll, _), slope = ensemble.slope(d, jnp.float32(1.0 / beta))
     position = ensemble.position(d)
     assert np.isclose(float(cost), float(position.cost), rtol=1e-6) and np.isclose(float(toll), float(position.toll))
 

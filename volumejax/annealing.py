@@ -20,7 +20,7 @@ from volumejax.kernels import hmc
 from volumejax.metric import Metric
 from volumejax.parallel import spread
 from volumejax.results import to_host
-from volumejax.sample_rays import look_along
+from volumejax.sample_rays import POINTS, look_along
 
 __all__ = ["MOST_VISITS", "Journey", "Record", "begin", "laid_out_like", "pad", "set_out", "slopes"]
 
@@ -237,7 +237,8 @@ def _visit_one(
     ]
     ray_end, ray_costs = jnp.full((), jnp.nan), jnp.full(1, jnp.nan)
     if ensemble.ridge is not None:
-        ray_end, ray_costs = look_along(ensemble, d)
+        unknown = (ray_end, jnp.full(POINTS, jnp.nan))
+        ray_end, ray_costs = jax.lax.cond(ensemble.ridge.asks_rays, lambda: look_along(ensemble, d), lambda: unknown)
     seen = {
         "cost": position.cost,
         "reach": position.reach,
@@ -287,20 +288,9 @@ def slopes(
     """Return the gradient of E and of a share of the toll where each chain stands, in whitened coordinates, by leaf."""
 
     def one(displacement: PyTree) -> list[Array]:
-        return jax.tree.leaves(ensemble.slope(displacement, jnp.asarray(share_of_toll, jnp.float32))[2])
+        return jax.tree.leaves(ensemble.slope(displacement, jnp.asarray(share_of_toll, jnp.float32))[1])
 
     return jax.lax.map(one, positions.displacement, batch_size=batch_size or len(positions.cost))
-
-
-def _fitted(ensemble: Ensemble, positions: Position, batch_size: int | None) -> Position:
-    """Return positions with the ridge, where the ensemble has one, or without."""
-    if (positions.ridge is None) == (ensemble.ridge is None):
-        return positions
-    ridge = None
-    if ensemble.ridge is not None:
-        with jax.enable_x64(True):
-            ridge = jax.device_put(_ridges(ensemble, positions, batch_size), positions.cost.sharding)
-    return eqx.tree_at(lambda p: p.ridge, positions, ridge, is_leaf=lambda x: x is None)
 
 
 @eqx.filter_jit
@@ -376,7 +366,13 @@ def set_out(
     count = len(route) - 1
     if not 0 < count <= MOST_VISITS:
         raise ValueError(f"a route takes between 1 and {MOST_VISITS} visits, got {count}")
-    positions = _fitted(ensemble, positions, batch_size)
+    if ensemble.ridge is not None:
+        with jax.enable_x64(True):
+            if table.ridge is None:
+                table = eqx.tree_at(lambda t: t.ridge, table, jnp.zeros_like(table.beta), is_leaf=lambda x: x is None)
+            elif first == 0:
+                ridges = jax.device_put(_ridges(ensemble, positions, batch_size), positions.cost.sharding)
+                positions = eqx.tree_at(lambda p: p.ridge, positions, ridges)
     padded = jnp.asarray(np.pad(np.asarray(route, np.int32), (0, MOST_VISITS - count), mode="edge"))
     indices = jnp.asarray(np.arange(len(positions.cost)) if chains is None else chains, jnp.int32)
     ends, log = _travel(

@@ -13,8 +13,8 @@ off its own form by a toll that comes to U.
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -26,7 +26,7 @@ from volumejax import tree
 from volumejax.frames import Frame
 from volumejax.metric import Metric
 from volumejax.regions import Connected, Star
-from volumejax.ridge import EYES, RIDGE_PRICE, Ridge, held, ridge_above
+from volumejax.ridge import RIDGE_PRICE, Climb, Places, Ridge, held, places_of, ridge_of
 from volumejax.shear import Shear
 from volumejax.tree import wide
 
@@ -41,6 +41,7 @@ __all__ = [
     "ensemble_of",
     "toll_share",
     "trajectories",
+    "with_bulges",
     "with_ridge",
 ]
 
@@ -53,7 +54,7 @@ stretch all leaves alike and slide none."""
 FIELDS, STRETCHES = 4, 2
 """Ways to move each leaf from one rung to the next: stretch it, stretch it by its softness, slide it along b as far as
 the cost lets each coordinate, and slide it as if there were none. And how many of them stretch it; these come first."""
-_BULGES = (0.7,)
+_MOST_BULGES, _BULGES = 2, (0.7,)
 """Where segments that leave the region do so first, unless a pilot finds other places: on the digits network between
 0.6 and 0.85 where the prior is as wide as the parameters, at 0.2 where it is six times as wide and 0.7 is held."""
 
@@ -118,6 +119,18 @@ def toll_share(precision: Any, beta: Any) -> Array:
     return jnp.where(beta > 0.0, jnp.minimum(precision, 1.0), 0.0)
 
 
+class Slope(NamedTuple):
+    """What a gradient sees at a place; float64 nats."""
+
+    cost: Float[Array, ""]
+    """E."""
+    top: Float[Array, ""]
+    """The largest cost, where the ridge has a share; E elsewhere."""
+    toll: Float[Array, ""] | None
+    ridge: Float[Array, ""] | None
+    """NaN where it has no share."""
+
+
 class Ensemble(eqx.Module):
     """A cost, the frame of its prior, a region and a cutoff."""
 
@@ -128,10 +141,10 @@ class Ensemble(eqx.Module):
     callers_x64: bool = eqx.field(static=True)
     shear: Shear | None = None
     """For the connected region under a Gaussian prior or none."""
-    bulges: tuple[float, ...] = eqx.field(static=True, default=_BULGES)
+    bulges: Places = eqx.field(default_factory=lambda: places_of(_BULGES, _MOST_BULGES))
     """Where the star's guide looks at segments, beside their end."""
     ridge: Ridge | None = None
-    """Of the star, where it is to take the guide's place."""
+    """Of the star, which rungs may put in the guide's place."""
 
     @property
     def dimension(self) -> int:
@@ -149,44 +162,27 @@ class Ensemble(eqx.Module):
             reach, ridge = self.look(displacement, cost)
             return Position(displacement, cost, reach, self.no_virials, toll, ridge)
 
-    def steepened(
-        self, displacement: PyTree, seen: tuple[Float[Array, ""], PyTree], share: Float[Array, ""]
-    ) -> tuple[Float[Array, ""], Float[Array, ""], PyTree]:
-        """Return the ridge, the largest cost and the gradient of what holds the chains where the ridge has a share.
+    def slope(self, displacement: PyTree, share_of_toll: Float[Array, ""], share: Any = None) -> tuple[Slope, PyTree]:
+        """Return what is seen at a place, and the gradient in δ of E + `share_of_toll` · toll as float32.
 
         Args:
             displacement: δ.
-            seen: E and its gradient there, returned in place of the last two where the share is 0; the ridge is then
-                NaN.
-            share: of the ridge, float64; not mapped over.
+            share_of_toll: float32.
+            share: of the ridge, in whose place its gradient is then, float64 and not mapped over; None for none.
         """
-        cost, slope = seen
-
-        def with_ridge() -> tuple[Array, Array, PyTree]:
-            ridge, top, steep = self.ridge_and_slope(displacement)
-            s = share.astype(jnp.float32)
-            return ridge, top, jax.tree.map(lambda g, r: (jnp.float32(1.0) - s) * g + s * r, slope, steep)
-
-        with jax.enable_x64(True):
-            return jax.lax.cond(share > 0.0, with_ridge, lambda: (jnp.full((), jnp.nan), cost, slope))
-
-    def slope(
-        self, displacement: PyTree, share: Float[Array, ""]
-    ) -> tuple[Float[Array, ""], Float[Array, ""] | None, PyTree]:
-        """Return E and the toll as float64, and the gradient of E + share · toll in δ as float32; the share float32."""
         if self.shear is None:
-            cost, slope = self.value_and_slope(displacement)
-            return cost, None, slope
+            with jax.enable_x64(True):
+                return self._along(displacement, jnp.float64(0.0) if share is None else share)
         shear = self.shear
 
         def felt(d: PyTree) -> tuple[Array, tuple[Array, Array]]:
             cost, slip = shear(self.frame.params(d))
-            return cost + share * self._toll(d, slip), (cost, slip)
+            return cost + share_of_toll * self._toll(d, slip), (cost, slip)
 
         with jax.enable_x64(self.callers_x64):
             (_, (cost, slip)), slope = jax.value_and_grad(felt, has_aux=True)(displacement)
         with jax.enable_x64(True):
-            return wide(cost), self._toll(displacement, wide(slip)), slope
+            return Slope(wide(cost), wide(cost), self._toll(displacement, wide(slip)), None), slope
 
     def _toll(self, displacement: PyTree, slip: Array) -> Array:
         """Return ½ stiffness |δ|² + b·δ at the parameters that a place stands for, less that of the place itself."""
@@ -196,24 +192,37 @@ class Ensemble(eqx.Module):
         toll = frame.stiffness * jnp.sum(lag * (jax.tree.leaves(displacement)[leaf] + 0.5 * lag))
         return toll if frame.pull is None else toll + jnp.sum(jax.tree.leaves(frame.pull)[leaf] * lag)
 
-    def value_and_slope(self, displacement: PyTree) -> tuple[Float[Array, ""], PyTree]:
-        """Return E as float64 and its gradient in δ as float32."""
-        if len(self.guides) > 1:
-            costs, slopes = jax.vmap(lambda t: self._slope_at(displacement, t))(jnp.asarray(self.guides, jnp.float32))
-            slopes = jax.tree.map(lambda g: jnp.mean(g, axis=0), slopes)
-        else:
-            costs, slopes = self._slope_at(displacement, jnp.float32(1.0))
-        with jax.enable_x64(True):
-            return jnp.mean(wide(costs)), slopes
-
-    def ridge_and_slope(self, displacement: PyTree) -> tuple[Float[Array, ""], Float[Array, ""], PyTree]:
-        """Return the ridge and the largest cost that it saw as float64, and the ridge's gradient in δ as float32."""
+    def _along(self, displacement: PyTree, share: Array) -> tuple[Slope, PyTree]:
+        """Return what is seen at the guide's places on the segment and, where it has a share, at the ridge's."""
+        if not self.checks:
+            cost, slope = self._slope_at(displacement, jnp.float32(1.0))
+            return Slope(wide(cost), wide(cost), None, None), slope
         assert self.ridge is not None
-        costs, slopes = jax.vmap(lambda t: self._slope_at(displacement, t))(jnp.asarray(self.eyes, jnp.float32))
-        with jax.enable_x64(True):
-            shares = self.ridge.slope(costs).astype(jnp.float32)
-            seen = (self.ridge(costs), jnp.max(wide(costs)))
-        return *seen, jax.tree.map(lambda g: jnp.tensordot(shares, g, 1, precision="highest"), slopes)
+        ridge, guides = self.ridge, 1 + jnp.asarray(self.bulges.count)
+        eyes = jnp.where(share > 0.0, jnp.asarray(ridge.eyes.count), 0)
+
+        def look(i: Array, sums: tuple[Array, PyTree, Climb]) -> tuple[Array, PyTree, Climb]:
+            total, slopes, climb = sums
+            is_eye = i >= guides
+            bulge = jnp.asarray(self.bulges.values)[jnp.clip(i - 1, 0, _MOST_BULGES - 1)]
+            eye = jnp.asarray(self._fractions)[jnp.asarray(ridge.eyes.values)[jnp.maximum(i - guides, 0)]]
+            cost, slope = self._slope_at(displacement, jnp.where(is_eye, eye, jnp.where(i > 0, bulge, 1.0)))
+            counts = (~is_eye).astype(jnp.float32)
+            return (
+                total + jnp.where(is_eye, 0.0, wide(cost)),
+                jax.tree.map(lambda x, g: x + counts * g, slopes, slope),
+                climb.seeing(ridge, cost, slope, is_eye),
+            )
+
+        flat = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), displacement)
+        begun = (jnp.zeros(()), flat, Climb.begun(flat))
+        total, slopes, climb = jax.lax.fori_loop(jnp.int32(0), guides + eyes, look, begun)
+        height, steep = climb.ended(ridge)
+        s, part = (x.astype(jnp.float32) for x in (share, (1.0 - share) / guides))
+        slope = jax.tree.map(lambda g, r: part * g + jnp.where(s > 0.0, s * r, 0.0), slopes, steep)
+        cost = total / guides
+        seen = Slope(cost, jnp.where(share > 0.0, climb.top, cost), None, jnp.where(share > 0.0, height, jnp.nan))
+        return seen, slope
 
     def _slope_at(self, displacement: PyTree, t: Array) -> tuple[Float[Array, ""], PyTree]:
         """Return C at t · δ and its gradient in δ as float32."""
@@ -224,14 +233,13 @@ class Ensemble(eqx.Module):
 
     @property
     def guides(self) -> tuple[float, ...]:
-        """Fractions of the segment from the anchor at which the cost holds the chains back."""
-        return (1.0, *self.bulges) if isinstance(self.region, Star) else (1.0,)
+        """Fractions of the segment from the anchor at which the cost holds the chains back; for the host."""
+        return (1.0, *self.bulges.listed) if isinstance(self.region, Star) else (1.0,)
 
     @property
     def eyes(self) -> tuple[float, ...]:
-        """Fractions of the segment at which the ridge looks, some of those that are checked."""
-        count = min(EYES * len(self.guides), self.checks)
-        return tuple(float(self._fractions[round(i * self.checks / count) - 1]) for i in range(1, count + 1))
+        """Fractions of the segment at which the ridge looks, some of those that are checked; for the host."""
+        return () if self.ridge is None else tuple(self._fractions[list(self.ridge.eyes.listed)].tolist())
 
     @property
     def _fractions(self) -> np.ndarray:
@@ -244,9 +252,13 @@ class Ensemble(eqx.Module):
                 cost, slip = self.shear(self.frame.params(displacement))
             with jax.enable_x64(True):
                 return wide(cost), wide(cost), self._toll(displacement, wide(slip))
-        costs = [self.cost_at(displacement, t) for t in self.guides]
         with jax.enable_x64(True):
-            return jnp.mean(jnp.stack(costs)), costs[0], None
+            own = self.cost_at(displacement, jnp.float32(1.0))
+            if not self.checks:
+                return own, own, None
+            bulges, count = (jnp.asarray(x) for x in (self.bulges.values, self.bulges.count))
+            total = jax.lax.fori_loop(jnp.int32(0), count, lambda i, c: c + self.cost_at(displacement, bulges[i]), own)
+            return total / (1 + count), own, None
 
     def cost_at(self, displacement: PyTree, t: Any) -> Float[Array, ""]:
         """Return C at t · δ, float64."""
@@ -280,7 +292,7 @@ class Ensemble(eqx.Module):
                 costs = self.segment(displacement)
                 top = jnp.max(costs)
                 if self.ridge is not None:
-                    ridge = self.ridge(costs[np.isin(self._fractions, np.asarray(self.eyes, np.float32))])
+                    ridge = self.ridge(costs)
             return jnp.where(jnp.isnan(top), jnp.inf, top), ridge
 
     def reach(self, displacement: PyTree, cost: Float[Array, ""]) -> Float[Array, ""]:
@@ -413,15 +425,24 @@ class Ensemble(eqx.Module):
             return work
 
 
-def with_ridge(ensemble: Ensemble, anchor_cost: float, bulge: float) -> Ensemble:
-    """Return the star's ensemble with a ridge.
+def with_bulges(ensemble: Ensemble, bulges: Sequence[float]) -> Ensemble:
+    """Return the star's ensemble with a guide that looks there, and with the ridge that goes with it."""
+    ensemble = dataclasses.replace(ensemble, bulges=places_of(bulges, _MOST_BULGES))
+    return with_ridge(ensemble, 0.0, 1.0, asks_rays=False)
+
+
+def with_ridge(ensemble: Ensemble, anchor_cost: float, bulge: float, *, asks_rays: bool = True) -> Ensemble:
+    """Return the star's ensemble with a ridge as high as its guide, whose samples' rays are looked along.
 
     Args:
-        ensemble: without one.
+        ensemble: of a star.
         anchor_cost: C(θ0), nats.
         bulge: by how much higher than the guide the largest cost on a segment is.
+        asks_rays: False for rays that are not.
     """
-    return dataclasses.replace(ensemble, ridge=ridge_above(float(ensemble.cutoff) - anchor_cost, bulge))
+    room = float(ensemble.cutoff) - anchor_cost
+    ridge = ridge_of(room, bulge, ensemble.checks, len(ensemble.guides), asks_rays=asks_rays)
+    return dataclasses.replace(ensemble, ridge=ridge)
 
 
 def ensemble_of(
@@ -435,4 +456,5 @@ def ensemble_of(
     """Return the ensemble of a question; the cost will run in the precision that its caller has set by now."""
     callers_x64 = bool(jax.config.read("jax_enable_x64"))
     with jax.enable_x64(True):
-        return Ensemble(cost, frame, jnp.asarray(cutoff, jnp.float64), region, callers_x64, shear)
+        ensemble = Ensemble(cost, frame, jnp.asarray(cutoff, jnp.float64), region, callers_x64, shear)
+    return with_bulges(ensemble, _BULGES) if isinstance(region, Star) else ensemble

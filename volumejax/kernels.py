@@ -111,25 +111,22 @@ def _trajectory(
         moves = i > 0
         place, velocity, folded = flow(flight.place, flight.velocity, moves)
         displacement = metric.restored(place)
-        cost, toll, slope = ensemble.slope(displacement, share_of_toll)
-        ridge, top = flight.ridge, cost
-        if climbs is not None:
-            ridge, top, slope = ensemble.steepened(displacement, (cost, slope), climbs)
+        seen, slope = ensemble.slope(displacement, share_of_toll, climbs)
         slope = metric.turned(slope)
-        permitted = ensemble.permits(top, displacement)
+        permitted = ensemble.permits(seen.top, displacement)
         share = jnp.where((i == 0) | (i == num_steps), jnp.float32(0.5), jnp.float32(1.0)) * h
         pulling = jax.tree.map(lambda g, d: beta * g if walls is None else beta * g + a * d, slope, place)
         kicked = jax.tree.map(lambda v, g, m: v - share * g / m, velocity, pulling, masses)
         bounced = _reflect(ensemble, metric, displacement, velocity, slope, masses)
-        broken = ~jnp.isfinite(cost) | ~jnp.isfinite(_sum(jax.tree.map(jnp.sum, slope)))
+        broken = ~jnp.isfinite(seen.cost) | ~jnp.isfinite(_sum(jax.tree.map(jnp.sum, slope)))
         return _Flight(
             place=place,
             velocity=jax.tree.map(lambda x, y: jnp.where(permitted, x, y), kicked, bounced),
             slope=slope,
             first_slope=jax.tree.map(lambda x, y: jnp.where(moves, x, y), flight.first_slope, slope),
-            cost=cost,
-            toll=toll,
-            ridge=ridge,
+            cost=seen.cost,
+            toll=seen.toll,
+            ridge=seen.ridge,
             legal=flight.legal & folded & ~broken & (permitted | ((i < num_steps) & ~flight.was_out)),
             was_out=~permitted,
             bounces=flight.bounces + (~permitted).astype(jnp.int32),

@@ -49,7 +49,7 @@ _RELEASE = 1.0
 """Energy that a step up the ladder may put into a chain, in standard deviations of its own."""
 _SETTLING = 0.4
 """Length of the trajectories at one precision: only the cost has to settle, by its stiff directions."""
-_PARTED, _LEAST_RISES, _MOST_RISES = 10.0, 6, 40
+_PARTED, _LEAST_RISES, _MOST_RISES = 4.0, 6, 40
 """Nats by which segments may scatter against the guide unless the ridge takes its place, and rungs at least and at most
 for that."""
 _FINER, _DEARER, _RISING, _BEYOND, _WARMEST = 2, 4, 3.0, 2, 0.5

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from volumejax.annealing import Record
-from volumejax.ensemble import CHEAP, Ensemble, Position
+from volumejax.ensemble import CHEAP, Ensemble, Position, with_bulges
 from volumejax.flight import POOLED, Flight, Gait, Stop, joined, leaf_sizes, stretchings, variances, work_scatter
 from volumejax.ladder import Survey
 from volumejax.metric import Metric
@@ -122,17 +122,18 @@ def fly(
         return _settle_beta(flight, scouts[-1], beta_factor, (_DOWN + _THERE) * budget)
 
     flight, scouts = descend(ensemble, key, 0)
-    bulge = flight.bulging(ensemble.bulges)
-    places = ensemble.bulges if bulge is None else (*ensemble.bulges, bulge)
+    guides = ensemble.bulges.listed
+    bulge = flight.bulging(guides)
+    places = guides if bulge is None else (*guides, bulge)
     if bulge is not None:
         # A place between the two often does for both.
-        ensemble = dataclasses.replace(ensemble, bulges=(statistics.harmonic_mean(places),))
+        ensemble = with_bulges(ensemble, [statistics.harmonic_mean(places)])
         flight, scouts = descend(ensemble, jax.random.fold_in(key, _AGAIN), flight.gradients)
     beta, natural, settled = settle(flight, scouts)
     if bulge is not None and flight.bulging(ensemble.guides) is not None:
         # A gradient of the guide costs more from now on.
         dearer = (1 + len(places)) / len(ensemble.guides)
-        ensemble = dataclasses.replace(ensemble, bulges=places)
+        ensemble = with_bulges(ensemble, places)
         spent = round(flight.gradients / dearer)
         budget = budget / dearer + spent
         flight, scouts = descend(ensemble, jax.random.fold_in(key, 2 * _AGAIN), spent)

@@ -74,7 +74,7 @@ def respond(
 
     def force(d: PyTree) -> list[Array]:
         """Return β∇(E + toll/β) in turned coordinates."""
-        return [beta * g for g in jax.tree.leaves(metric.turned(ensemble.slope(d, share)[2]))]
+        return [beta * g for g in jax.tree.leaves(metric.turned(ensemble.slope(d, share)[1]))]
 
     def one(d: PyTree) -> Response:
         treedef, place = jax.tree.structure(d), metric.turned(d)
