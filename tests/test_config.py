@@ -235,7 +235,7 @@ def test_the_shipped_experiment():
     config = load_config(Path(__file__).parents[1] / "configs" / "digits_mlp.yaml")
     assert (config.prior.sigma, config.cutoff, config.task.num_epochs) == (1.3975, 0.01, 25)
     assert {entry.kind for entry in config.proposals} == {"isotropic", "adam", "diagonal_ggn", "dense_ggn"}
-    assert [entry.region for entry in config.tethers] == ["connected"]
+    assert [entry.region for entry in config.tethers] == ["star", "connected"]
     chains = load_config(Path(__file__).parents[1] / "configs" / "digits_tether.yaml")
     assert [(entry.region, entry.effort) for entry in chains.tethers] == [("star", 1), ("connected", 2)]
     everywhere = load_config(Path(__file__).parents[1] / "configs" / "digits_global.yaml")

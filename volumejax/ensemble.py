@@ -55,8 +55,9 @@ FIELDS, STRETCHES = 4, 2
 """Ways to move each leaf from one rung to the next: stretch it, stretch it by its softness, slide it along b as far as
 the cost lets each coordinate, and slide it as if there were none. And how many of them stretch it; these come first."""
 _MOST_BULGES, _BULGES = 2, (0.7,)
-"""Where segments that leave the region do so first, unless a pilot finds other places: on the digits network between
-0.6 and 0.85 where the prior is as wide as the parameters, at 0.2 where it is six times as wide and 0.7 is held."""
+"""How many places beside its end a guide has on a segment at most; where segments that leave the region do so first,
+unless a pilot finds other places: on the digits network between 0.6 and 0.85 where the prior is as wide as the
+parameters, at 0.2 where it is six times as wide and 0.7 is held."""
 
 
 class Position(eqx.Module):
