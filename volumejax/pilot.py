@@ -15,7 +15,6 @@ from volumejax.flight import POOLED, Flight, Gait, Stop, joined, leaf_sizes, str
 from volumejax.ladder import Survey
 from volumejax.metric import Metric
 from volumejax.parallel import Launcher
-from volumejax.regions import Star
 
 __all__ = ["Pilot", "fly"]
 
@@ -38,7 +37,7 @@ _FULL, _LEAST_WIDTH = 0.9, 0.05
 _LAGGING, _SETTLED_LAGGING = 0.25, 0.85
 """And by which share of itself at least, where nearly all directions are free: with what chains lag behind in these
 their cost swings by a part of itself, and not of its root. The second for the β of the κ ladder, once chains have
-settled; but for the star, whose mass is where its guide is high."""
+settled."""
 _DOWN, _THERE = 0.25, 0.3
 """Shares of the budget for the way down and for the stay at its end; the rest is for the way up."""
 _LEAST_SETTLING, _MOST_SETTLING = 12, 64
@@ -204,7 +203,7 @@ def _target(flight: Flight, energy: float, bulge: float, factor: float, *, settl
     """Return the β at which an energy λ and its swings, `bulge` times as high on the segment, stay below the wall."""
     dimension = flight.ensemble.dimension
     free = max(1.0 - 2.0 * energy / dimension, 0.0) if dimension >= CHEAP else 0.0
-    lagging = _SETTLED_LAGGING if settled and not isinstance(flight.ensemble.region, Star) else _LAGGING
+    lagging = _SETTLED_LAGGING if settled else _LAGGING
     margin = max(_MARGIN * np.sqrt(energy) + _LEAST_MARGIN, lagging * free * energy)
     return factor * bulge * (energy + margin) / flight.room
 
