@@ -62,6 +62,16 @@ def test_the_ladder_is_walked_far_above_the_natural_temperature_where_much_is_fr
     assert survey.beta / survey.natural_beta == pytest.approx(above, rel=0.03)
 
 
+def test_a_star_whose_segments_scatter_is_walked_closer_to_the_natural_temperature(monkeypatch):
+    """3.5 · 10 + 3 nats of margin: from a higher β its ridge has longer to go."""
+    monkeypatch.setattr("volumejax.pilot._SCATTERED", 0.5)
+    confined = lambda w: 0.5 * jnp.sum(w[:200] ** 2)
+    survey = fly_from_zero(confined, 1e-2, Star(), dimension=1_200).survey
+    # The guide is 0.75 of the largest cost, and both have a standard deviation of λ^(1/2) of λ.
+    assert survey.unseen == pytest.approx(0.34 * 10.0 * survey.beta / survey.natural_beta, rel=0.5)
+    assert survey.beta / survey.natural_beta == pytest.approx(1.38, rel=0.03)
+
+
 def crest(width):
     """A cost with a crest at a fifth of the way to where most of the prior's mass is: |w| = √D. Width in log |w|."""
 
@@ -74,7 +84,8 @@ def crest(width):
 
 
 def test_the_guide_of_the_star_looks_between_where_it_did_and_where_its_segments_bulge():
-    pilot = fly_from_zero(crest(0.7), 0.5, Star())
+    # Of four chains one look in twenty or so sees half as much again.
+    pilot = fly_from_zero(crest(0.7), 0.5, Star(), chains=16)
     assert len(pilot.ensemble.guides) == 2
     assert 0.25 < pilot.ensemble.guides[1] < 0.5
     assert pilot.survey.unseen > 0.0
@@ -82,13 +93,13 @@ def test_the_guide_of_the_star_looks_between_where_it_did_and_where_its_segments
 
 def test_the_guide_of_the_star_looks_at_both_places_where_one_between_sees_nothing():
     pilot = fly_from_zero(crest(0.2), 0.5, Star())
-    assert pilot.ensemble.guides[:2] == (1.0, 0.7) and len(pilot.ensemble.guides) == 3
+    assert pilot.ensemble.guides[:2] == pytest.approx((1.0, 0.7)) and len(pilot.ensemble.guides) == 3
     assert 0.1 < pilot.ensemble.guides[2] < 0.3
 
 
 def test_the_guide_of_the_star_stays_where_segments_rise_to_their_ends():
     pilot = fly_from_zero(half_free, 1e-2, Star())
-    assert pilot.ensemble.guides == (1.0, 0.7)
+    assert pilot.ensemble.guides == pytest.approx((1.0, 0.7))
 
 
 def test_chains_that_have_settled_are_said_to_lag_by_two_standard_errors_at_most():

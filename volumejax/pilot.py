@@ -37,7 +37,10 @@ _FULL, _LEAST_WIDTH = 0.9, 0.05
 _LAGGING, _SETTLED_LAGGING = 0.25, 0.85
 """And by which share of itself at least, where nearly all directions are free: with what chains lag behind in these
 their cost swings by a part of itself, and not of its root. The second for the β of the κ ladder, once chains have
-settled."""
+settled; but for stars whose segments scatter."""
+_SCATTERED = 7.0
+"""Nats by which segments scatter against the guide at the natural β from which on the ridge has a long way to go, and a
+longer one from a higher β: at σ = RMS the digits network has 4 to 5, at the paper's σ 10 to 20."""
 _DOWN, _THERE = 0.25, 0.3
 """Shares of the budget for the way down and for the stay at its end; the rest is for the way up."""
 _LEAST_SETTLING, _MOST_SETTLING = 12, 64
@@ -199,11 +202,15 @@ def _settled_by(records: list[Record], x: float) -> float:
     return max(float(np.mean(falls)), 0.0) + 2.0 * float(np.std(falls, ddof=1)) / float(np.sqrt(len(falls)))
 
 
-def _target(flight: Flight, energy: float, bulge: float, factor: float, *, settled: bool = False) -> float:
-    """Return the β at which an energy λ and its swings, `bulge` times as high on the segment, stay below the wall."""
+def _target(flight: Flight, energy: float, bulge: float, factor: float, *, settled: Record | None = None) -> float:
+    """Return the β at which an energy λ and its swings, `bulge` times as high on the segment, stay below the wall.
+
+    Of the κ ladder where the record of settled chains is given.
+    """
     dimension = flight.ensemble.dimension
     free = max(1.0 - 2.0 * energy / dimension, 0.0) if dimension >= CHEAP else 0.0
-    lagging = _SETTLED_LAGGING if settled else _LAGGING
+    high = settled is not None and bulge * energy / flight.room * flight.unseen(settled) < _SCATTERED
+    lagging = _SETTLED_LAGGING if high else _LAGGING
     margin = max(_MARGIN * np.sqrt(energy) + _LEAST_MARGIN, lagging * free * energy)
     return factor * bulge * (energy + margin) / flight.room
 
@@ -303,7 +310,8 @@ def _settle_beta(flight: Flight, stop: Stop, factor: float, until: float) -> tup
         variance = variances(flight.ensemble, record)
         energies.append(max(flight.expected(record, stop.x, beta), 0.1))
         energy = float(np.mean(energies[-_LEAST_SETTLING // 2 :]))
-        wanted = _target(flight, energy, flight.bulge(record), factor, settled=True)
+        latest = joined(records[-_LEAST_SETTLING // 2 :])
+        wanted = _target(flight, energy, flight.bulge(record), factor, settled=latest)
         beta *= float(np.exp(np.clip(np.log(wanted / beta), -0.15, 0.15)))
         flight.follow(stop.x, beta, variance)
     record = joined(records[-len(records) // 2 :])
