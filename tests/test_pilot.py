@@ -20,10 +20,10 @@ from volumejax.regions import Connected, Star
 D = 40
 
 
-def fly_from_zero(cost, cutoff, region, chains=4, dimension=D, factor=1.0):
+def fly_from_zero(cost, cutoff, region, chains=4, dimension=D, factor=1.0, seed=0):
     ensemble = ensemble_of(cost, frame_of(Gaussian(1.0), jnp.zeros(dimension)), cutoff=cutoff, region=region)
     return fly(
-        ensemble, jax.random.key(0), chains=chains, budget=2_000.0, anchor_cost=0.0, beta_factor=factor,
+        ensemble, jax.random.key(seed), chains=chains, budget=2_000.0, anchor_cost=0.0, beta_factor=factor,
         batch_size=None, launchers=[Launcher(None)], on_progress=lambda share: None,
     )  # fmt: skip
 
@@ -84,11 +84,11 @@ def crest(width):
 
 
 def test_the_guide_of_the_star_looks_between_where_it_did_and_where_its_segments_bulge():
-    # Of four chains one look in twenty or so sees half as much again.
-    pilot = fly_from_zero(crest(0.7), 0.5, Star(), chains=16)
-    assert len(pilot.ensemble.guides) == 2
-    assert 0.25 < pilot.ensemble.guides[1] < 0.5
-    assert pilot.survey.unseen > 0.0
+    """Of three seeds one may see half as much again from there: four chains are looked at once."""
+    pilots = [fly_from_zero(crest(0.7), 0.5, Star(), seed=seed) for seed in range(3)]
+    between = [p.ensemble.guides[1] for p in pilots if len(p.ensemble.guides) == 2]
+    assert len(between) >= 2 and all(0.25 < place < 0.5 for place in between)
+    assert all(p.survey.unseen > 0.0 for p in pilots)
 
 
 def test_the_guide_of_the_star_looks_at_both_places_where_one_between_sees_nothing():
