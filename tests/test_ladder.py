@@ -407,7 +407,8 @@ def test_the_ridge_rises_where_segments_scatter_against_the_guide():
     for few in (0.25, 4.0, 9.0):
         warm = temperatures(dataclasses.replace(survey_of(4.0, confined=few), unseen=12.0))
         assert np.all(warm.rungs.beta[warm.natural :] > 0.5 * warm.rungs.beta[warm.natural] - 1e-9)
-    assert len(temperatures(dataclasses.replace(survey, unseen=8.0))[0].beta) == len(usual.beta)
+    assert len(temperatures(dataclasses.replace(survey, unseen=3.5))[0].beta) == len(usual.beta)
+    assert temperatures(dataclasses.replace(survey, unseen=4.5)).rises
 
 
 @pytest.mark.parametrize("confined", [20.0, 2000.0])

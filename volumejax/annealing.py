@@ -67,11 +67,11 @@ class Record(NamedTuple):
     permitted: np.ndarray
     """Whether the chain stands inside the region; one that was drawn outside may come in, but has no weight."""
     ridge: np.ndarray
-    """Of the star with a ridge, NaN elsewhere."""
+    """Of the star, NaN elsewhere."""
     ray_end: np.ndarray
-    """Likewise, how far the chain's ray goes, as `look_along` finds it."""
+    """How far the chain's ray goes, as `look_along` finds it; NaN where nobody asks."""
     ray_costs: np.ndarray
-    """And the costs on it; axes [visits, chains, POINTS], elsewhere one NaN for all."""
+    """And the costs on it; axes [visits, chains, POINTS], of the connected region one NaN for all."""
 
 
 @eqx.filter_jit
@@ -208,14 +208,17 @@ def _visit_one(
                 for i, back in enumerate(backs)
             ]
             shift = treedef.unflatten(goes)
-        image, work = ensemble.carry(position, metric, gains, shift, state, *ahead_of(target))
+        # Whoever takes a map twice looks as far as an image does that takes it once.
+        furthest = jnp.max(jnp.expm1(jnp.sign(sign) * plain))
+        image, work = ensemble.carry(position, metric, gains, shift, state, *ahead_of(target), furthest)
         outside = ~jnp.isfinite(work)
         goes = taken & ~outside & ~(stays & was_outside)
         return (jax.tree.map(lambda x, y: jnp.where(goes, x, y), image, onward), outside), work
 
     with jax.enable_x64(False):
         stays = jax.random.bernoulli(jax.random.fold_in(jax.random.fold_in(key, index), _COIN))
-    # To the wall and back up, then twice and once down: each pair tells whether a chain is next to the wall.
+    # The map by which chains come here, then its inverse; the next map twice, then once. The first of each pair tells
+    # whether the place at the lower end is next to the wall.
     ways = (
         jnp.asarray([1.0, -1.0, 2.0, 1.0], jnp.float32),
         jnp.stack([before, before, here, here]),
@@ -355,9 +358,8 @@ def set_out(
         ensemble: the target.
         metric: of the moves.
         key: visit k of chain i uses `fold_in(fold_in(key, first + k), i)`, so that results do not depend on the cut.
-        positions: of all chains, leading axis; on their devices the program runs. They may come from an ensemble with
-            a ridge to one without, or the other way.
-        table: from `pad`.
+        positions: of all chains, leading axis; on their devices the program runs.
+        table: from `pad`; without a ridge the star's guide alone holds the chains.
         route: rungs, each a neighbour of the one before or the same.
         first: number of visits before.
         batch_size: chains at once.

@@ -96,7 +96,7 @@ class Rung(eqx.Module):
     """log of the factor by which each leaf is scaled on the way to the next rung, then what comes to it times softness,
     then half the changes of log a for which it slides in either way; FIELDS · leaves numbers."""
     ridge: Float[Array | np.ndarray, "*levels"] | None = None
-    """Share of the star's ridge in what holds the chains, the guide having the rest; such a rung may have no map."""
+    """Share of the star's ridge in what holds the chains, the guide having the rest; no map may lead to or from one."""
 
     @property
     def gradients(self) -> Any:
@@ -164,12 +164,14 @@ class Ensemble(eqx.Module):
             return Position(displacement, cost, reach, self.no_virials, toll, ridge)
 
     def slope(self, displacement: PyTree, share_of_toll: Float[Array, ""], share: Any = None) -> tuple[Slope, PyTree]:
-        """Return what is seen at a place, and the gradient in δ of E + `share_of_toll` · toll as float32.
+        """Return what is seen at a place, and the gradient in δ of what holds the chains, over β, as float32.
+
+        That is (1 − `share`) · E + `share` · ridge + `share_of_toll` · toll.
 
         Args:
             displacement: δ.
             share_of_toll: float32.
-            share: of the ridge, in whose place its gradient is then, float64 and not mapped over; None for none.
+            share: float64 and not mapped over; None for a ridge without a share.
         """
         if self.shear is None:
             with jax.enable_x64(True):
@@ -363,6 +365,7 @@ class Ensemble(eqx.Module):
     def carry(
         self, position: Position, metric: Metric, gains: PyTree, shift: PyTree | None,
         here: tuple[Array, Array], there: tuple[Array, Array], shares: tuple[Any, Any] = (None, None),
+        furthest: Any = None,
     ) -> tuple[Position, Float[Array, ""]]:  # fmt: skip
         """Map δ on the way from one ensemble to another.
 
@@ -374,6 +377,7 @@ class Ensemble(eqx.Module):
             here: (a, β) left behind.
             there: (a, β) ahead.
             shares: of the ridge here and there.
+            furthest: gain by which it is judged whether the star's segment has to be looked at; None for the largest.
 
         Returns:
             The image and the work U'(image) − U(δ) − log |∂image/∂δ| in nats, +inf where the image is outside.
@@ -389,7 +393,8 @@ class Ensemble(eqx.Module):
             reach = jnp.where(jnp.isnan(own), jnp.inf, own)
             if self.checks:
                 seen = jnp.maximum(position.reach, reach)
-                is_far = jnp.max(jax.tree.leaves(gains)[0]) > 1.0 / self.checks
+                furthest = jnp.max(jax.tree.leaves(gains)[0]) if furthest is None else furthest
+                is_far = furthest > 1.0 / self.checks
                 reach = jax.lax.cond(is_far, lambda: self.reach(moved, cost), lambda: seen)
             ridge = position.ridge
             if ridge is not None:
@@ -427,7 +432,7 @@ class Ensemble(eqx.Module):
 
 
 def with_bulges(ensemble: Ensemble, bulges: Sequence[float]) -> Ensemble:
-    """Return the star's ensemble with a guide that looks there, and with the ridge that goes with it."""
+    """Return the star's ensemble with a guide that looks there; its ridge has no height yet, see `with_ridge`."""
     ensemble = dataclasses.replace(ensemble, bulges=places_of(bulges, _MOST_BULGES))
     return with_ridge(ensemble, 0.0, 1.0, asks_rays=False)
 

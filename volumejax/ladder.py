@@ -28,7 +28,7 @@ _MANY_RUNGS = 400
 """From so many on chains move more often on a rung, and rungs are added only where the works ask for them."""
 _FEW_CHAINS, _MANY_WORKS, _LOOK = 8, 16_000, 24.0
 """Up to so many chains that limit is on rungs times chains: the same moves on more rungs leave less to chance. Where
-they move more than once on a rung they spend so many gradients there, since a look both ways costs two evaluations."""
+they move more than once on a rung they spend so many gradients there, since a look both ways costs four evaluations."""
 _CROWDED, _FREE = 0.9, 0.97
 """Shares of trajectories inside, from which the maps stretch at all, and as much as they want to."""
 _PROBE, _LOST = 0.1, 0.01
@@ -381,7 +381,7 @@ def _samples(slopes: list[Vector]) -> float:
 
 
 def _bearable(shares: Vector, room: Vector, rises: Vector, stretchings: Vector | None) -> float:
-    """Return the part of a stretch that chains can take: a map through the wall costs one its weight.
+    """Return the part of a stretch that chains can take: one that it would take through the wall stays.
 
     Where the cost rises towards the wall its slope tells which chains would be lost. Any other wall shows in the mean
     of B, which is less than zero by the share of chains that a stretch drives through it; None where there is none to

@@ -33,7 +33,7 @@ class Leg(NamedTuple):
 
     stage: str
     ensemble: Ensemble
-    """With a ridge or without, whatever that of the leg before."""
+    """With whatever ridge, the chains are looked at anew where the table gives it a share."""
     table: Rung
     route: list[int]
     tag: int

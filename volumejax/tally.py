@@ -30,7 +30,7 @@ _LOST = 0.01
 PARTS = 6
 """Stretches of the visits to a temperature that are left out in turn, each longer than chains remember."""
 _HEDGE = 0.05
-"""Weight in the bound of what chains said on their way down, which is left where the maps lose all of them."""
+"""Weight in the bound of what chains said on their way down, which is left where they stand still and lose theirs."""
 Vector = NDArray[np.float64]
 
 
@@ -196,8 +196,8 @@ class Tally:
     def hedged(self, log_weights: Vector) -> Vector:
         """Return the weights mixed with those for the masses under the tethers that the chains came by.
 
-        A tether only takes mass away, so the mean of the mixture is below the mass too; and where the maps have lost
-        every chain on the way it is not zero.
+        A tether only takes mass away, so the mean of the mixture is below the mass too; and what chains lose while they
+        stand still cannot take it all away.
         """
         ways = max(len(self.kappa.precision) - 2, 1)
         return np.logaddexp(np.log1p(-_HEDGE) + log_weights, np.log(_HEDGE / ways) + self.on_the_way)
