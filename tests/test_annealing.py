@@ -300,6 +300,16 @@ def test_chains_next_to_the_wall_stay_where_they_are():
     assert np.all(came | (factor * np.linalg.norm(there, axis=1) > 1.0)) and np.mean(came) > 0.6
 
 
+def test_chains_that_go_up_and_down_next_to_the_wall_stay_inside(journey):
+    """At the last rungs the wall is near: no work is infinite there, and no chain leaves."""
+    _, _, send = journey
+    positions, _ = send([0, 1, 2, 3, 4, 5, 6, 7])
+    for first in range(7, 47, 4):
+        positions, log = send([7, 6, 5, 6, 7], positions=positions, first=first)
+        assert np.all(np.isfinite(log.work_down[2:]))
+        assert np.all(np.asarray(positions.cost) <= 0.35) and np.all(log.cost <= 0.35)
+
+
 def test_a_chain_that_is_outside_has_no_weight_unless_it_comes_in():
     far = 1.5 * np.eye(3)
     _, log = stepped(far, [0, 1], Connected(), 0.0)

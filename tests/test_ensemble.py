@@ -245,7 +245,7 @@ def test_the_ridge_takes_its_share_of_the_slope(share):
     point = jnp.array([1.1, -0.3])
     (_, whole), (_, steep) = (star.slope(point, jnp.float32(0.0), number(s)) for s in (0.0, 1.0))
     seen, slope = eqx.filter_jit(lambda s: star.slope(point, jnp.float32(0.0), s))(number(share))
-    np.testing.assert_allclose(slope, (1.0 - share) * whole + share * steep, rtol=1e-5)
+    np.testing.assert_allclose(slope, (1.0 - share) * whole + share * steep, rtol=1e-6)
     guide = np.mean([float(star.cost(t * point)) for t in star.guides])
     ridge, top = by_hand(point) if share else (np.nan, guide)
     np.testing.assert_allclose([seen.cost, seen.top, seen.ridge], [guide, top, ridge], rtol=1e-6)

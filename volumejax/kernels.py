@@ -52,7 +52,6 @@ class _Flight(eqx.Module):
     first_slope: PyTree
     cost: Float[Array, ""]
     toll: Float[Array, ""] | None
-    ridge: Float[Array, ""] | None
     legal: Bool[Array, ""]
     was_out: Bool[Array, ""]
     bounces: Int[Array, ""]
@@ -126,7 +125,6 @@ def _trajectory(
             first_slope=jax.tree.map(lambda x, y: jnp.where(moves, x, y), flight.first_slope, slope),
             cost=seen.cost,
             toll=seen.toll,
-            ridge=seen.ridge,
             legal=flight.legal & folded & ~broken & (permitted | ((i < num_steps) & ~flight.was_out)),
             was_out=~permitted,
             bounces=flight.bounces + (~permitted).astype(jnp.int32),
@@ -135,7 +133,7 @@ def _trajectory(
 
     no, yes, none = jnp.zeros((), bool), jnp.ones((), bool), jnp.zeros((), jnp.int32)
     place = metric.turned(start.displacement)
-    begun = _Flight(place, launch, place, place, start.cost, start.toll, start.ridge, yes, no, none, none)
+    begun = _Flight(place, launch, place, place, start.cost, start.toll, yes, no, none, none)
     end = jax.lax.fori_loop(jnp.int32(0), num_steps + jnp.int32(1), advance, begun)
     arrived = metric.restored(end.place)
     reach, ridge = ensemble.look(arrived, end.cost)

@@ -39,8 +39,8 @@ _LAGGING, _SETTLED_LAGGING = 0.25, 0.85
 their cost swings by a part of itself, and not of its root. The second for the β of the κ ladder, once chains have
 settled; but for stars whose segments scatter."""
 _SCATTERED = 7.0
-"""Nats by which segments scatter against the guide at the natural β from which on the ridge has a long way to go, and a
-longer one from a higher β: at σ = RMS the digits network has 4 to 5, at the paper's σ 10 to 20."""
+"""Natural β times what segments scatter by against the guide, in nats, from which on the ridge has a long way to go,
+and a longer one from a higher β: at σ = RMS the digits network has 4 to 5, at the paper's σ 10 to 20."""
 _DOWN, _THERE = 0.25, 0.3
 """Shares of the budget for the way down and for the stay at its end; the rest is for the way up."""
 _LEAST_SETTLING, _MOST_SETTLING = 12, 64
