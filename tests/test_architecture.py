@@ -24,7 +24,7 @@ LAYERS = [
     ["kernels", "ladder", "response", "sample_rays"],
     ["annealing", "particles"],
     ["flight", "passes", "release", "tally", "descent"],
-    ["pilot", "chain_errors"],
+    ["pilot", "chain_errors", "friction"],
     ["summary"],
     ["rays", "tether", "temper", "laplace", "learning"],
     ["sweep", "probe"],

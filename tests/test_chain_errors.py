@@ -42,6 +42,71 @@ def test_the_error_of_single_chains_is_that_of_stretches_and_not_of_an_even_lag(
     assert max(found(tally_of(0.0, 0.02))) < 0.05
 
 
+def single_chains(make_rungs, works):
+    """One chain of each pass with these works at each κ rung, (passes, 2, levels), and none at the temperatures."""
+    levels = works.shape[-1]
+    tally = Tally(
+        make_rungs(np.full(levels, 3.0), np.full(levels, 20.0)),
+        Temperatures(make_rungs(np.ones(2), np.full(2, 20.0)), 0, 1), -7.0, 1, 0.02,
+    )  # fmt: skip
+    for which in (COOLING, HEATING):
+        tally.kappa_seen["work_down"][which, :, 0], tally.kappa_seen["work_up"][which, :, 0] = works[which]
+        for rung in (0, 1):
+            seen = {name: np.ones(1) for name in ("cost", "ridge", "reach", "acceptance")}
+            nothing = {name: np.zeros(1) for name in ("work_down", "work_up")}
+            tally.temperature_seen.append((which, rung, {**seen, **nothing}))
+    return tally
+
+
+def dragged(rng, steps, memory):
+    """Works (passes, 2, levels) of a particle in a harmonic trap that goes by `steps`, and back: ΔF is 0."""
+    trap, keep = np.append(0.0, np.cumsum(steps)), np.exp(-1.0 / memory)
+    works = np.zeros((2, 2, len(trap)))
+    for which, order in ((COOLING, range(len(trap))), (HEATING, range(len(trap) - 1, -1, -1))):
+        lag = rng.normal()
+        for i, at in enumerate(order):
+            if i:
+                lag += trap[order[i - 1]] - trap[at]
+            lag = keep * lag + np.sqrt(1.0 - keep**2) * rng.normal()
+            for way, ahead in enumerate((at + 1, at - 1)):
+                if 0 <= ahead < len(trap):
+                    works[which, way, at] = 0.5 * (lag + trap[at] - trap[ahead]) ** 2 - 0.5 * lag**2
+    return works
+
+
+@pytest.mark.parametrize(("memory", "fastest"), [(60.0, 0.15), (200.0, 0.1)])
+def test_a_lag_that_grows_along_the_ladder_is_no_scatter_either(make_rungs, memory, fastest):
+    """Passes some 400 nats apart, of which the joint estimate is off by 13.
+
+    Mutations: the growing lag counted as scatter (eight times too large), nothing for what lags (too small by half).
+    """
+    steps = fastest * np.linspace(0.0, 1.0, 1_499) ** 4
+    offs, claimed, gaps = [], [], []
+    for seed in range(30):
+        works = dragged(np.random.default_rng(seed), steps, memory)
+        tally = single_chains(make_rungs, works)
+        sums = tally.sums(np.array([0.3]), 0.3, chains=np.arange(1))
+        # Out of the reference, whose works are all the cooling pass has, nothing is gained.
+        offs.append(float(np.sum(sums.kappa_differences[1:])))
+        claimed.append(ladder_error(tally, sums.kappa_differences, sums.beta_differences))
+        one, other = (0.5 * np.sum(down[1:-1] - up[2:]) for down, up in works)
+        gaps.append(one - other)
+    assert 300.0 < np.mean(gaps) < 500.0
+    assert 0.5 < np.sqrt(np.mean(np.square(np.array(offs) / claimed))) < 1.1
+    assert np.mean(claimed) < 25.0
+
+
+def test_a_chain_that_stands_still_for_a_while_is_scatter(make_rungs):
+    """What one stretch has apart from its neighbours counts. Mutation: a median, or the mean of neighbours, for it."""
+    levels, jump = 2_401, 20.0
+    works = np.zeros((2, 2, levels))
+    for which, sign in ((COOLING, 1.0), (HEATING, -1.0)):
+        works[which, 0, 1_200:1_240], works[which, 1, 1_201:1_241] = sign * jump / 40, -sign * jump / 40
+    tally = single_chains(make_rungs, works)
+    sums = tally.sums(np.array([0.3]), 0.3, chains=np.arange(1))
+    assert ladder_error(tally, sums.kappa_differences, sums.beta_differences) == pytest.approx(jump, rel=0.2)
+
+
 @pytest.mark.parametrize(("share", "chains"), [(0.0, 1), (1.0, 1), (0.0, 2), (0.0, 8), (1.0, 8)])
 def test_temperatures_of_few_chains_have_an_error_too(make_rungs, share, chains):
     """As many works at each of 400 gaps, beside a κ ladder without noise. Many chains have a jackknife.

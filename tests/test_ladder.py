@@ -11,9 +11,19 @@ import dataclasses
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from volumejax.ensemble import FIELDS
-from volumejax.ladder import Survey, Temperatures, best_share, kappa_ladder, temperature_ladder, trajectory_length
+from volumejax.ladder import (
+    WANTED,
+    Friction,
+    Survey,
+    Temperatures,
+    best_share,
+    kappa_ladder,
+    temperature_ladder,
+    trajectory_length,
+)
 from volumejax.metric import UNKNOWN
 from volumejax.tally import Tally
 
@@ -89,6 +99,46 @@ def test_many_moves_on_a_rung_set_no_rungs_further_apart():
     rungs = kappa(survey_of(spread_of_slope=CLIFF), budget=4e6)
     assert rungs.num_moves.max() > 5 and rungs.num_moves[1:].min() >= 1
     assert widest(rungs) <= 0.71
+
+
+def test_a_ladder_made_for_friction_spends_gradients_in_proportion_to_it():
+    """Where trajectories are long as where they are short; only the works still set rungs together."""
+    steps = np.where(np.arange(STOPS) < STOPS // 2, 0.3, 0.03)
+    survey = dataclasses.replace(survey_of(0.1), step_size=steps)
+    friction = Friction(np.array([8.0, 5.1, 4.9, 0.0]), np.array([30.0, 30.0, 10.0, 10.0]))
+    rungs = kappa_ladder(survey, budget=1e6, most_steps=MOST_STEPS, escort=0.9, friction=friction)
+    x, spent = np.log(rungs.precision[1:]), np.asarray(rungs.gradients[1:])
+
+    def rate(high, low):
+        return np.sum(spent[(x < high) & (x >= low)]) / (high - low)
+
+    assert spent.sum() == pytest.approx(1e6, rel=0.1)
+    assert rate(7.5, 5.5) / rate(4.8, 4.2) == pytest.approx(3.0, rel=0.1)
+    assert rate(3.5, 0.5) / rate(4.8, 4.2) == pytest.approx(1.0, rel=0.1)
+    np.testing.assert_allclose(friction.at(np.array([6.0, 2.0])), [30.0, 10.0])
+
+
+def test_steps_follow_how_often_trajectories_are_accepted():
+    """As often as wanted changes nothing. Mutations: Φ(−s/2) for twice it, s ∝ step, longer where many are refused."""
+    survey = survey_of(1.0)
+    same = survey.restepped(survey.x, np.full(STOPS, WANTED))
+    np.testing.assert_allclose(same.step_size, survey.step_size)
+    # 2Φ(−s/2) at s = 0.637 and at half of that.
+    longer = survey.restepped(survey.x, np.full(STOPS, 2.0 * stats.norm.sf(0.5 * 0.637 / 1.3**2)))
+    np.testing.assert_allclose(longer.step_size, 1.3 * survey.step_size, rtol=0.01)
+    extremes = survey.restepped(np.array([8.0, 4.1, 3.9, 0.0]), np.array([1.0, 1.0, 0.0, 0.0]))
+    np.testing.assert_allclose(extremes.step_size[[0, -1]] / survey.step_size[[0, -1]], [1.4, 1 / 1.4])
+
+
+def test_a_whole_ladder_keeps_its_trajectories_where_the_budget_does_not_do():
+    survey = survey_of(50.0)
+    short, whole = (
+        kappa_ladder(survey, budget=10.0, most_steps=MOST_STEPS, escort=0.9, whole=whole) for whole in (False, True)
+    )
+    rich = kappa(survey, budget=1e6)
+    assert np.all(short.num_steps[1:] < rich.num_steps[1:].min())
+    assert set(whole.num_steps[1:]) <= set(rich.num_steps[1:])
+    assert 10.0 < whole.gradients.sum() < rich.gradients.sum()
 
 
 def of_chains(survey, count):

@@ -77,6 +77,26 @@ def test_the_cut_into_calls_changes_nothing(make_pass, monkeypatch, count):
     assert np.array_equal(reference.positions.displacement, other.positions.displacement)
 
 
+@pytest.mark.parametrize("count", [1, MOST_VISITS])
+def test_the_climb_begins_where_the_chains_went_aside(make_pass, monkeypatch, count):
+    """Two legs aside, then one that goes on from before them. Mutations: from their end, from the first of them."""
+    monkeypatch.setattr(module, "_FIRST_COUNT", count)
+    monkeypatch.setattr(module, "_SECONDS", 0.0)
+    straight, plain, _ = make_pass()
+    list(walk([straight]))
+    other, entered, _ = make_pass()
+    down, back = other.legs
+    other.legs = [down, back._replace(aside=True, tag=5), back._replace(aside=True, tag=6), back]
+    list(walk([other]))
+
+    def of(records, name, cut):
+        return np.concatenate([getattr(record, name) for _, record in records])[cut]
+
+    assert np.array_equal(of(entered, "cost", slice(-3, None)), of(plain, "cost", slice(-3, None)))
+    assert not np.array_equal(of(entered, "cost", slice(5, 8)), of(entered, "cost", slice(8, 11)))
+    assert np.array_equal(other.positions.displacement, straight.positions.displacement)
+
+
 def test_what_is_only_asked_for_does_not_count_yet(make_pass):
     one, entered, _ = make_pass()
     start = one.positions

@@ -16,6 +16,9 @@ _FEW = 4
 """Chains of a pass at most where their scatter alone says little: stretches of time have to."""
 _STRETCHES, _FEW_STRETCHES = 24, 8
 """Of the κ ladder, as many as its error is made of: each longer than the chains remember; and of the temperatures."""
+_LEAST_BENDS, _BENDING = 12, 1.5
+"""Stretches from which on a single chain's are compared with the mean of both neighbours, and by how much the variance
+of that difference exceeds their own."""
 Vector = NDArray[np.float64]
 
 
@@ -104,7 +107,14 @@ def _scatter(tally: Tally, parts: Vector) -> float:
     over = 2 if tally.chains > 1 else 0
     about = parts - parts.mean(axis=over, keepdims=True)
     variance = np.sum(about**2) + 2.0 * max(float(np.sum(about[1:] * about[:-1])), 0.0)
-    return _of_passes(tally) * float(variance) * about.shape[over] / max(about.shape[over] - 1, 1)
+    variance *= _of_passes(tally) * about.shape[over] / max(about.shape[over] - 1, 1)
+    if tally.chains > 1 or len(parts) < _LEAST_BENDS:
+        return float(variance)
+    # What a chain lags behind more and more is no scatter either: near equilibrium works scatter by twice the nats that
+    # they lose on average, as far as the loss is known, and by what single stretches have apart from their neighbours.
+    bends = parts[1:-1] - 0.5 * (parts[2:] + parts[:-2])
+    apart = _of_passes(tally) * np.sum(bends**2) / _BENDING * len(parts) / len(bends)
+    return float(min(variance, apart + 2.0 * abs(np.sum(parts[:, COOLING])) + np.sqrt(variance)))
 
 
 def _of_passes(tally: Tally) -> float:

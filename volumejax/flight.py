@@ -14,7 +14,7 @@ from volumejax import tree
 from volumejax.annealing import Record, begin, pad, set_out, slopes
 from volumejax.ensemble import CHEAP, FIELDS, SHORT, Ensemble, Position, Rung
 from volumejax.functions import jit_ahead
-from volumejax.ladder import best_share, trajectory_length
+from volumejax.ladder import WANTED, best_share, trajectory_length
 from volumejax.metric import Rest, fit_metric, mass_power, plain_metric
 from volumejax.parallel import Launcher
 from volumejax.response import Response, flat_shares, respond, response_gradients
@@ -23,8 +23,6 @@ __all__ = ["POOLED", "Flight", "Gait", "Stop", "joined", "leaf_sizes", "stretchi
 
 T = TypeVar("T")
 
-_TARGET = 0.75
-"""Acceptance that the step sizes are tuned to."""
 _MOST_STEPS = 120
 _MOST_NUMBERS = 20_000_000
 """How many numbers are kept for the metric at most."""
@@ -60,7 +58,7 @@ class Gait:
         """Return the gait after a visit: towards the wanted acceptance, and wider where some chains never move."""
         mean = float(np.mean(record.acceptance[-1]))
         spread = self.spread + (0.5 if stuck > 0.1 and mean > 0.5 else -0.1)
-        step = self.step * np.exp((0.7 if mean > 0.3 else 1.5) * (mean - _TARGET))
+        step = self.step * np.exp((0.7 if mean > 0.3 else 1.5) * (mean - WANTED))
         return Gait(float(np.clip(step, 1e-7, 1.2)), float(np.clip(spread, 0.0, 5.0)))
 
 

@@ -20,10 +20,22 @@ from volumejax.ensemble import FIELDS, SHORT, STRETCHES, Rung, trajectories
 from volumejax.metric import mass_power
 from volumejax.ridge import RIDGE_PRICE
 
-__all__ = ["Survey", "Temperatures", "best_share", "kappa_ladder", "temperature_ladder", "trajectory_length"]
+__all__ = [
+    "Friction",
+    "Survey",
+    "Temperatures",
+    "best_share",
+    "kappa_ladder",
+    "temperature_ladder",
+    "trajectory_length",
+]
 
 Vector = NDArray[np.float64]
 
+WANTED = 0.75
+"""Mean Metropolis probability to which steps are tuned."""
+_MOST_LONGER = 1.4
+"""By which factor steps become longer or shorter at most where trajectories were refused too seldom or too often."""
 _MANY_RUNGS = 400
 """From so many on chains move more often on a rung, and rungs are added only where the works ask for them."""
 _FEW_CHAINS, _MANY_WORKS, _LOOK = 8, 16_000, 24.0
@@ -139,6 +151,33 @@ class Survey:
         """The median of the steps drawn."""
         return self.step_size * np.exp(-0.5 * self.spreads)
 
+    def restepped(self, x: Vector, acceptance: Vector) -> "Survey":
+        """Return the survey with steps that fit what share of the trajectories was accepted at these x, falling.
+
+        The energy at their ends is off by a normal error whose standard deviation s grows like the square of the step;
+        2Φ(−s/2) of them are accepted.
+        """
+        seen = np.clip(np.interp(-self.x, -x, acceptance), 1e-3, 0.999)
+        wanted, found = (-stats.norm.ppf(0.5 * np.asarray(share)) for share in (WANTED, seen))
+        factor = np.clip(np.sqrt(wanted / found), 1.0 / _MOST_LONGER, _MOST_LONGER)
+        return dataclasses.replace(self, step_size=self.step_size * factor)
+
+
+class Friction(NamedTuple):
+    """What chains were seen to lag behind by: a pass of g gradients over a part of a ladder loses (∫ rate dx)²/g nats.
+
+    So the least is lost where gradients are spent in proportion to it.
+    """
+
+    x: Vector
+    """log a, falling, shape (points,)."""
+    rate: Vector
+    """Positive, (nats · gradients)^½ for each unit of x there."""
+
+    def at(self, x: Vector) -> Vector:
+        """Return the rate at other x."""
+        return np.asarray(np.exp(np.interp(-x, -self.x, np.log(self.rate))))
+
 
 class Temperatures(NamedTuple):
     """The temperature ladder, from cold to warm."""
@@ -166,7 +205,10 @@ class Temperatures(NamedTuple):
         return np.stack([beta * (1.0 - share), beta * share], axis=1) if self.rises else beta
 
 
-def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: float, overhead: float = 0.0) -> Rung:
+def kappa_ladder(
+    survey: Survey, *, budget: float, most_steps: int, escort: float, overhead: float = 0.0,
+    friction: Friction | None = None, whole: bool = False,
+) -> Rung:  # fmt: skip
     """Return the rungs from the reference, at β = 0, down to the prior's own stiffness, for about `budget` gradients.
 
     Args:
@@ -175,6 +217,8 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
         most_steps: leapfrog steps of a trajectory, at most.
         escort: share of the best stretch that the maps take at most, between 0 and 1.
         overhead: what the end of a trajectory costs, in gradients.
+        friction: says where the gradients are needed; None takes the survey's works and their memory for it.
+        whole: whether trajectories keep their length where the budget does not do for the rungs, and it is exceeded.
     """
     shares, variance, memory = _smooth_work(survey, escort)
     # Of ½ a|δ|² the maps take the part that they stretch.
@@ -200,15 +244,18 @@ def kappa_ladder(survey: Survey, *, budget: float, most_steps: int, escort: floa
     # On the way up a step puts (1 − p) X dx nats into the chain, which must not carry it through the wall.
     put_in = (1.0 - np.clip(on_grid(share), 0.0, 1.0)) * on_grid(np.array([np.mean(slope) for slope in survey.slope]))
     floor = np.maximum(floor, put_in / (_RELEASE * np.sqrt(on_grid(survey.confined)) + 3.0))
-    ideal = np.sqrt(v * (1.0 + _MEMORY * (tau - 1.0)) / n)
     width = (high - low) / (len(grid) - 1)
 
-    def spent(scale: float) -> float:
+    def price() -> Vector:
         ends = trajectories(n, spreads)
-        price = n + (ends - 1.0) * np.maximum(n / SHORT, 1.0) + ends * (1.0 + overhead)
-        return float(np.sum(np.maximum(scale * ideal, floor) * price) * width)
+        return np.asarray(n + (ends - 1.0) * np.maximum(n / SHORT, 1.0) + ends * (1.0 + overhead))
 
-    if spent(0.0) > budget:
+    ideal = np.sqrt(v * (1.0 + _MEMORY * (tau - 1.0)) / n) if friction is None else friction.at(grid) / price()
+
+    def spent(scale: float) -> float:
+        return float(np.sum(np.maximum(scale * ideal, floor) * price()) * width)
+
+    if spent(0.0) > budget and not whole:
         # Rungs before length: shorter trajectories on a ladder that can be climbed.
         shorter = np.clip(budget / spent(0.0), _SHORTEST, 1.0)
         n, steps = np.maximum(shorter * n, 2.0), np.maximum(shorter * steps, 2.0)

@@ -39,6 +39,8 @@ class Leg(NamedTuple):
     tag: int
     """Folded into the run's key."""
     enter: Callable[[list[int], Record], None]
+    aside: bool = False
+    """Whether the next leg that is not begins where the chains stood before it."""
 
     @property
     def visits(self) -> int:
@@ -66,6 +68,8 @@ class Pass:
         """Gradients of each chain so far."""
         self._done, self._count, self._began = 0, _FIRST_COUNT, 0.0
         self._journey: Future[Journey] | None = None
+        self._left: Position | None = None
+        """Where the chains stood before they went aside."""
 
     @property
     def ended(self) -> bool:
@@ -90,6 +94,10 @@ class Pass:
     def set_out(self) -> None:
         """Ask for the next call, and do not wait for it."""
         leg, self._began = self.legs[0], time.perf_counter()
+        if self._done == 0 and leg.aside and self._left is None:
+            self._left = self.positions
+        elif not leg.aside and self._left is not None:
+            self.positions, self._left = self._left, None
         route = leg.route[self._done : self._done + self._count + 1]
         key = jax.random.fold_in(self.key, leg.tag)
         self._journey = self.launcher.launch(

@@ -11,6 +11,7 @@ Jarzynski 2008 for the weights; Bennett 1976 and Jarzynski 2002 for the estimate
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +26,9 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from volumejax import tree
 from volumejax.annealing import Record, begin, laid_out_like, pad
-from volumejax.ensemble import Ensemble, Position, ensemble_of, with_ridge
+from volumejax.ensemble import CHEAP, Ensemble, Position, Rung, ensemble_of, with_ridge
 from volumejax.frames import Frame, frame_of
+from volumejax.friction import try_ladder
 from volumejax.ladder import kappa_ladder, temperature_ladder
 from volumejax.metric import Metric
 from volumejax.parallel import Launcher, launchers, num_devices, require_threefry
@@ -50,6 +52,9 @@ _GRADIENTS = 120_000
 little."""
 _PILOT, _KAPPA, _TEMPERATURE = 0.13, 0.38, 0.03
 """Shares of them for the pilot, each pass down or up the κ ladder, and the temperatures."""
+_TRIAL, _MOST_TRIAL = 0.1, 0.25
+"""Of a pass of the κ ladder, the share that goes to looking for its friction beforehand, and at most, where the fewest
+rungs that hold together take more."""
 _LEAST_CHAINS, _USUAL_CHAINS = 1, 2
 """Of each pass; where there is one, the pilot takes half of its share, as if there were two."""
 _MOST_STEPS = 500
@@ -67,9 +72,10 @@ _SETTLED = 0.1
 """Of the gradients of a pass of the κ ladder, those for which the heating chains stay at its end before they climb."""
 _SECONDS = 2.0
 """Between two yields, at least."""
-_OVERSHOOT = 0.9
-"""Precision, relative to the prior's, to which the heating chains are let go before they start."""
-_PILOT_KEY, _START, _COOL, _RELEASE, _CURVE, _OVER, _SETTLE, _HEAT, _WARM, _DWELL = range(10)
+_OVERSHOOT, _BEYOND = 0.9, 10.0
+"""Precision, relative to the prior's, to which the heating chains are let go before they start, and standard deviations
+by which that takes the mean of ½|δ|² further at most: they have to come back."""
+_PILOT_KEY, _START, _COOL, _RELEASE, _CURVE, _OVER, _SETTLE, _HEAT, _WARM, _DWELL, _TRIAL_KEY = range(11)
 
 
 def tether_volume(
@@ -296,13 +302,7 @@ class _Run:
         self.budget *= len(self.ensemble.guides) / len(pilot.ensemble.guides)
         self.ensemble, self.metric = pilot.ensemble, pilot.metric
         ensemble, cutoff = self.ensemble, float(self.ensemble.cutoff)
-        kappa = kappa_ladder(
-            pilot.survey,
-            budget=_KAPPA * self.budget,
-            most_steps=_MOST_STEPS,
-            escort=self.escort,
-            overhead=ensemble.checks / (_FORWARDS * len(ensemble.guides)),
-        )
+        kappa, tried = self._ladder(pilot)
         temperatures = temperature_ladder(
             pilot.survey, decades=self.decades, most_steps=_MOST_STEPS, budget=_TEMPERATURE * self.budget
         )
@@ -351,12 +351,13 @@ class _Run:
                 Leg("curve", ridged, temperature_table, there_and_back, _CURVE, enter_temperature(COOLING, False))
             )
         over = jax.tree.map(lambda x: np.repeat(x[-1:], 2, axis=0), kappa)
-        over = eqx.tree_at(lambda r: r.precision, over, over.precision * np.array([_OVERSHOOT, 1.0]))
+        beyond = max(_OVERSHOOT, float(np.exp(-_BEYOND / np.std(pilot.survey.slope[-1]))))
+        over = eqx.tree_at(lambda r: r.precision, over, over.precision * np.array([beyond, 1.0]))
         heat = [
             Leg(
                 "heating", ensemble, pad(over), [0] * _FIRST_VISITS + [1] * (_FIRST_VISITS + 1), _OVER, lambda *_: None
             ),
-            # They come from a colder β, as the cooling pass does: its lag must not be theirs too.
+            # At the natural β they are further out, and slow to come back: the climb begins without that.
             Leg(
                 "heating",
                 ridged,
@@ -364,6 +365,7 @@ class _Run:
                 [*range(joint, last), *[last] * (_FIRST_VISITS + 1)],
                 _WARM,
                 lambda *_: None,
+                aside=True,
             ),
             Leg(
                 "heating",
@@ -372,8 +374,9 @@ class _Run:
                 [*[last] * _LAST_VISITS, *range(last, joint - 1, -1), joint],
                 _SETTLE,
                 enter_temperature(HEATING, False),
+                aside=True,
             ),
-            # And settle at the ladder's β, where they are less far out.
+            # They come from beyond, as the cooling pass does from before: its lag must not be theirs too.
             Leg("heating", ensemble, kappa_table, [bottom] * (settling + 1), _DWELL, lambda *_: None),
             Leg("heating", ensemble, kappa_table, [*range(bottom, 0, -1), 1], _HEAT, enter_kappa(HEATING)),
         ]
@@ -388,7 +391,8 @@ class _Run:
                 (self.launchers[-1], laid_out_like(pilot.ends, starts[-1]), heat),
             )
         )
-        total, each = pilot.gradients + cooling.gradients + heating.gradients, len(ensemble.guides)
+        before, each = pilot.gradients + tried, len(ensemble.guides)
+        total = before + cooling.gradients + heating.gradients
         noise, spoke = np.nan, time.perf_counter()
         for passes in ([cooling, heating],) if len(self.launchers) > 1 else ([cooling], [heating]):
             for latest in walk(passes):
@@ -396,12 +400,31 @@ class _Run:
                     _require_meant(ensemble, latest.positions)
                     if latest is cooling:
                         noise = self._noise(cooling.positions, float(temperature.beta[-1]))
-                spent = pilot.gradients + cooling.spent + heating.spent
+                spent = before + cooling.spent + heating.spent
                 self.on_progress(stages(passes), spent / total)
                 if latest.leg_ended or time.perf_counter() - spoke > _SECONDS:
                     spoke, final = time.perf_counter(), cooling.ended and heating.ended
                     costs = tally.held(cooling.positions.cost, cooling.positions.ridge)
                     yield summarise(tally, plan, costs, each * spent, spent / total, final=final, noise=noise)
+
+    def _ladder(self, pilot: Pilot) -> tuple[Rung, int]:
+        """Return the κ ladder, and the gradients of each chain that it took to find it, for both passes."""
+        guides = len(self.ensemble.guides)
+        make = functools.partial(
+            kappa_ladder, most_steps=_MOST_STEPS, escort=self.escort,
+            overhead=self.ensemble.checks / (_FORWARDS * guides),
+        )  # fmt: skip
+        budget = _KAPPA * self.budget
+        trial = make(pilot.survey, budget=_TRIAL * budget, whole=True)
+        tried = int(np.sum(trial.gradients))
+        if self.ensemble.dimension < CHEAP or tried > _MOST_TRIAL * budget:
+            return make(pilot.survey, budget=budget), 0
+        seen = try_ladder(
+            self.ensemble, self.metric, jax.random.fold_in(self.key, _TRIAL_KEY), trial, pilot.ends, self.batch_size,
+            self.launchers, lambda share: self.on_progress("trying the ladder", share),
+        )  # fmt: skip
+        survey = pilot.survey.restepped(seen.friction.x, seen.acceptance)
+        return make(survey, budget=budget - tried, friction=seen.friction), 2 * tried
 
     def _fly(self) -> Pilot:
         return fly(
