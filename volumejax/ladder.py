@@ -34,7 +34,7 @@ Vector = NDArray[np.float64]
 
 WANTED = 0.75
 """Mean Metropolis probability to which steps are tuned."""
-_MOST_LONGER = 1.4
+_MOST_LONGER = 1.25
 """By which factor steps become longer or shorter at most where trajectories were refused too seldom or too often."""
 _MANY_RUNGS = 400
 """From so many on chains move more often on a rung, and rungs are added only where the works ask for them."""
