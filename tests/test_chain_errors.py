@@ -78,7 +78,7 @@ def dragged(rng, steps, memory):
 def test_a_lag_that_grows_along_the_ladder_is_no_scatter_either(make_rungs, memory, fastest):
     """Passes some 400 nats apart, of which the joint estimate is off by 13.
 
-    Mutations: the growing lag counted as scatter (eight times too large), nothing for what lags (too small by half).
+    Mutations: the growing lag counted as scatter (eight times too large), nothing for what lags, or twice as much.
     """
     steps = fastest * np.linspace(0.0, 1.0, 1_499) ** 4
     offs, claimed, gaps = [], [], []
@@ -92,19 +92,25 @@ def test_a_lag_that_grows_along_the_ladder_is_no_scatter_either(make_rungs, memo
         one, other = (0.5 * np.sum(down[1:-1] - up[2:]) for down, up in works)
         gaps.append(one - other)
     assert 300.0 < np.mean(gaps) < 500.0
-    assert 0.5 < np.sqrt(np.mean(np.square(np.array(offs) / claimed))) < 1.1
-    assert np.mean(claimed) < 25.0
+    assert 0.7 < np.sqrt(np.mean(np.square(np.array(offs) / claimed))) < 1.05
+    assert np.mean(claimed) < 20.0
 
 
-def test_a_chain_that_stands_still_for_a_while_is_scatter(make_rungs):
-    """What one stretch has apart from its neighbours counts. Mutation: a median, or the mean of neighbours, for it."""
+@pytest.mark.parametrize(("first", "is_told"), [(1_200, False), (2, False), (2_358, False), (1_280, True), (2, True)])
+def test_what_one_stretch_has_apart_is_scatter(make_rungs, first, is_told):
+    """In the middle and at either end; over two stretches where the chain is seen to stand still. 100 rungs are one.
+
+    Mutations: a median, or the mean of neighbours, for it; the ends by half; a chain that stood still taken for lag.
+    """
     levels, jump = 2_401, 20.0
-    works = np.zeros((2, 2, levels))
+    works, gaps = np.zeros((2, 2, levels)), np.arange(first, first + 40)
     for which, sign in ((COOLING, 1.0), (HEATING, -1.0)):
-        works[which, 0, 1_200:1_240], works[which, 1, 1_201:1_241] = sign * jump / 40, -sign * jump / 40
+        works[which, 0, gaps], works[which, 1, gaps + 1] = sign * jump / 40, -sign * jump / 40
     tally = single_chains(make_rungs, works)
+    if is_told:
+        tally.kappa_seen["acceptance"][COOLING, first : first + 60] = 0.0
     sums = tally.sums(np.array([0.3]), 0.3, chains=np.arange(1))
-    assert ladder_error(tally, sums.kappa_differences, sums.beta_differences) == pytest.approx(jump, rel=0.2)
+    assert ladder_error(tally, sums.kappa_differences, sums.beta_differences) == pytest.approx(jump, rel=0.15)
 
 
 @pytest.mark.parametrize(("share", "chains"), [(0.0, 1), (1.0, 1), (0.0, 2), (0.0, 8), (1.0, 8)])

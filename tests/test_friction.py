@@ -14,9 +14,8 @@ import pytest
 
 import volumejax as vj
 from volumejax import reference, tether
-from volumejax.ensemble import Rung
 from volumejax.friction import Trial, friction_of
-from volumejax.ladder import Friction
+from volumejax.ladder import Friction, kappa_ladder
 from volumejax.tally import COOLING, HEATING
 
 LEVELS, GAIN = 242, -3.0
@@ -82,52 +81,66 @@ def test_a_lost_chain_has_no_say_and_a_flat_end_none_either(rungs):
     assert friction_of(flat, down, up).x[-1] > 0.0
 
 
+QUADRATIC = reference.quadratic(np.ones(1000), cutoff=0.5)
+
+
+def run_of(problem, **options):
+    question = (jax.random.key(0), problem.cost, problem.params, problem.prior)
+    return vj.tether_volume(*question, cutoff=0.5, decades=0.0, **options)
+
+
 def test_the_run_of_a_large_problem_asks_for_friction_and_goes_by_it(monkeypatch):
-    """Planted friction between x = 2 and 3 draws the gradients there. Small problems do not ask."""
-    x = np.array([9.0, 3.1, 3.0, 2.0, 1.9, 0.0])
-    looks: list[Rung] = []
+    """Planted friction between x = 2 and 3 draws the gradients there; where few are refused steps become longer.
+
+    Small problems do not ask, nor where the rungs alone cost too much. Mutations: the trial's draws those of the run,
+    its gradients free, counted once or not at all.
+    """
+    x, looks, ladders, spent = np.array([9.0, 3.1, 3.0, 2.0, 1.9, 0.0]), [], [], 4_000
 
     def look(*args):
-        looks.append(args[3])
-        return Trial(Friction(x, np.array([1.0, 1.0, 1e3, 1e3, 1.0, 1.0])), np.full(6, 0.75))
+        looks.append(args)
+        return Trial(Friction(x, np.array([1.0, 1.0, 1e3, 1e3, 1.0, 1.0])), np.full(6, 0.99), spent)
+
+    def make(survey, **options):
+        ladders.append((survey, options, kappa_ladder(survey, **options)))
+        return ladders[-1][-1]
 
     monkeypatch.setattr(tether, "try_ladder", look)
+    monkeypatch.setattr(tether, "kappa_ladder", make)
+    run_of(reference.quadratic(np.ones(400), cutoff=0.5), effort=0.3)
+    run_of(QUADRATIC, effort=1e-3)
+    assert not looks
+    ladders.clear()
+    estimate = run_of(QUADRATIC, effort=0.3)
+    assert abs(estimate.log_mass - QUADRATIC.log_mass) < 4.0 * estimate.std_error
+    level = np.log(estimate.trace.precision[1:])
+    assert np.mean((level < 3.0) & (level > 2.0)) > 0.5
+    (tried, _, trial), (survey, options, ladder) = ladders
+    assert len(looks) == 1 and looks[0][3] is trial
+    np.testing.assert_allclose(survey.step_size, 1.25 * tried.step_size)
+    usual = 0.38 * 120_000 * 0.3 * 4.0
+    assert options["budget"] == pytest.approx(usual - spent / 2)
+    assert not np.array_equal(*(jax.random.key_data(key) for key in (looks[0][2], jax.random.key(0))))
+    assert estimate.trace.gradients > spent + 2 * ladder.gradients[1:].sum()
 
-    def share_of(dimension):
-        problem = reference.quadratic(np.ones(dimension), cutoff=0.5)
-        question = (jax.random.key(0), problem.cost, problem.params, problem.prior)
-        estimate = vj.tether_volume(*question, cutoff=0.5, effort=0.3, decades=0.0)
-        level = np.log(estimate.trace.precision[1:])
-        assert abs(estimate.log_mass - problem.log_mass) < 4.0 * estimate.std_error
-        return np.mean((level < 3.0) & (level > 2.0))
 
-    assert share_of(400) < 0.3 and not looks
-    assert share_of(1000) > 0.5 and len(looks) == 1
-    assert len(looks[0].precision) > 2
-
-
-def test_a_trial_sees_friction_and_acceptance_of_every_part():
-    """Both passes over a ladder of a quadratic, on one launcher; each has been everywhere."""
-    problem = reference.quadratic(np.ones(1000), cutoff=0.5)
-    seen = []
-    inner = tether.try_ladder
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_a_trial_sees_friction_and_acceptance_of_every_part(monkeypatch, lanes):
+    """Of a quadratic, on one launcher and on two. Mutations: a pass that is not entered or not waited for."""
+    seen, told, inner = [], [], tether.try_ladder
 
     def look(*args):
-        trial = inner(*args)
-        seen.append((args[3], trial))
-        return trial
+        args = (*args[:6], args[6] * lanes, args[7])
+        seen.append((args[3], inner(*args)))
+        return seen[-1][1]
 
-    told = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tether, "try_ladder", look)
-        vj.tether_volume(
-            jax.random.key(0), problem.cost, problem.params, problem.prior, cutoff=0.5, effort=0.3, decades=0.0,
-            on_progress=lambda stage, share: told.append((stage, share)),
-        )  # fmt: skip
+    monkeypatch.setattr(tether, "try_ladder", look)
+    run_of(QUADRATIC, effort=0.3, on_progress=lambda stage, share: told.append((stage, share)))
     ((kappa, trial),) = seen
     x = np.log(kappa.precision[1:])
     assert np.all(np.isfinite(trial.friction.rate)) and np.all(trial.friction.rate > 0.0)
     assert x[-1] < trial.friction.x[-1] < trial.friction.x[0] < x[0]
     assert np.all((trial.acceptance > 0.3) & (trial.acceptance < 1.0))
+    assert 2.15 < trial.gradients / kappa.gradients[1:].sum() < 2.3
     shares = [share for stage, share in told if stage == "trying the ladder"]
     assert shares == sorted(shares) and shares[-1] == 1.0

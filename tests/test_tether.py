@@ -251,11 +251,11 @@ def test_the_stream_goes_from_bounds_to_the_estimate(ball, estimate):
 
 
 def test_heating_chains_stay_at_the_ladders_end_before_they_climb(monkeypatch, ball):
-    """They come there from a lower β; where the last of the tether goes slowly they would bring its lag along."""
+    """From beyond it, not from a lower β: where the last of the tether goes slowly they would bring its lag along."""
     legs = []
 
-    def keep(*args):
-        legs.append(passes.Leg(*args))
+    def keep(*args, **kwargs):
+        legs.append(passes.Leg(*args, **kwargs))
         return legs[-1]
 
     monkeypatch.setattr(tether, "Leg", keep)
@@ -265,6 +265,7 @@ def test_heating_chains_stay_at_the_ladders_end_before_they_climb(monkeypatch, b
     last = max(cooling.route)
     assert set(stay.route) == {last} and climb.route[0] == last and min(climb.route) < last
     assert 0.05 < stay.gradients / climb.gradients < 0.2
+    assert [leg.aside for leg in legs if leg.stage == "heating"] == [False, True, True, False, False]
     beta = float(before.table.beta[before.route[-1]])
     assert beta == float(stay.table.beta[last]) == float(climb.table.beta[last])
 
@@ -285,6 +286,13 @@ def test_a_flat_cost_under_a_proper_prior_fills_it():
         jax.random.key(0), lambda w: 0.0 * jnp.sum(w), jnp.ones(5), vj.Gaussian(1.0), cutoff=1e-2, effort=0.02
     )
     check(flat, 0.0, cap=0.1)
+
+
+def test_a_flat_cost_of_many_parameters_leaves_nothing_to_try():
+    """The ladder begins where it ends. Mutation: a trial of it."""
+    options = {"cutoff": 1e-2, "effort": 0.02, "decades": 0.0}
+    flat = vj.tether_volume(jax.random.key(0), lambda w: 0.0 * jnp.sum(w), jnp.ones(1000), vj.Gaussian(1.0), **options)
+    check_value(flat, 0.0, cap=0.1)
 
 
 def test_a_disconnected_region_gives_the_well_of_the_anchor():

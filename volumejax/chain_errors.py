@@ -16,9 +16,6 @@ _FEW = 4
 """Chains of a pass at most where their scatter alone says little: stretches of time have to."""
 _STRETCHES, _FEW_STRETCHES = 24, 8
 """Of the κ ladder, as many as its error is made of: each longer than the chains remember; and of the temperatures."""
-_LEAST_BENDS, _BENDING = 12, 1.5
-"""Stretches from which on a single chain's are compared with the mean of both neighbours, and by how much the variance
-of that difference exceeds their own."""
 Vector = NDArray[np.float64]
 
 
@@ -80,10 +77,14 @@ def ladder_error(tally: Tally, kappa_differences: Vector, beta_differences: Vect
 
     Of the κ ladder. A jackknife has as many terms as chains, and with few of them may come out near zero by chance;
     this has many, but does not know what is remembered from one stretch to the next but one. Where a pass has one
-    chain, its stretches are compared with each other: what it lags behind evenly is no scatter. Where there are
-    few, or the ridge rises, the temperature ladder's error is found like that too.
+    chain, its stretches are compared with each other: what it lags behind evenly, or more and more, is no scatter.
+    Where there are few, or the ridge rises, the temperature ladder's error is found like that too.
     """
-    return float(np.sqrt(sum(_scatter(tally, parts) for parts in _pulls(tally, kappa_differences, beta_differences))))
+    found = _pulls(tally, kappa_differences, beta_differences)
+    variances = [_scatter(tally, parts) for parts in found]
+    if tally.chains == 1:
+        variances[0] = min(variances[0], _without_lag(tally, found[0]))
+    return float(np.sqrt(sum(variances)))
 
 
 def colder_error(tally: Tally, beta_differences: Vector) -> float:
@@ -107,14 +108,23 @@ def _scatter(tally: Tally, parts: Vector) -> float:
     over = 2 if tally.chains > 1 else 0
     about = parts - parts.mean(axis=over, keepdims=True)
     variance = np.sum(about**2) + 2.0 * max(float(np.sum(about[1:] * about[:-1])), 0.0)
-    variance *= _of_passes(tally) * about.shape[over] / max(about.shape[over] - 1, 1)
-    if tally.chains > 1 or len(parts) < _LEAST_BENDS:
-        return float(variance)
-    # What a chain lags behind more and more is no scatter either: near equilibrium works scatter by twice the nats that
-    # they lose on average, as far as the loss is known, and by what single stretches have apart from their neighbours.
-    bends = parts[1:-1] - 0.5 * (parts[2:] + parts[:-2])
-    apart = _of_passes(tally) * np.sum(bends**2) / _BENDING * len(parts) / len(bends)
-    return float(min(variance, apart + 2.0 * abs(np.sum(parts[:, COOLING])) + np.sqrt(variance)))
+    return _of_passes(tally) * float(variance) * about.shape[over] / max(about.shape[over] - 1, 1)
+
+
+def _without_lag(tally: Tally, parts: Vector) -> float:
+    """Return the variance of the κ ladder that single chains leave once a lag that grows along it is taken out.
+
+    Near equilibrium works scatter by twice the nats that they lose on average. So much, and its own root for what the
+    loss is off by chance, and besides what single stretches have apart from the mean of their neighbours. A chain that
+    stood still is no lag.
+    """
+    if tally.standstill() > 0.5 / _STRETCHES or len(parts) < 3:
+        return np.inf
+    inner = parts[1:-1] - 0.5 * (parts[2:] + parts[:-2])
+    outer = parts[[0, -1]] - parts[[1, -2]]
+    apart = _of_passes(tally) * float(np.sum(inner**2) / 1.5 + np.sum(outer**2) / 2.0)
+    variance = apart + 2.0 * float(np.sum(np.abs(parts[:, COOLING])))
+    return variance + float(np.sqrt(variance))
 
 
 def _of_passes(tally: Tally) -> float:
@@ -123,7 +133,7 @@ def _of_passes(tally: Tally) -> float:
 
 
 def _pulls(tally: Tally, kappa_differences: Vector, beta_differences: Vector) -> list[Vector]:
-    """Return by how much each stretch of each chain pulls the ladders' ΔF, shapes (stretches, 2, chains)."""
+    """Return by how much each stretch of each chain pulls the ladders' ΔF, κ first; shapes (stretches, 2, chains)."""
     down, up = (np.moveaxis(tally.kappa_seen[name][:, 1:], 0, 1) for name in ("work_down", "work_up"))
     found = [_pulls_of(down, up, kappa_differences[1:], 1, _STRETCHES)]
     if tally.rises or tally.chains <= _FEW:

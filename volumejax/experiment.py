@@ -43,7 +43,8 @@ ProposalConfig = IsotropicProposal | AdamProposal | DiagonalGGNProposal | DenseG
 
 
 _REGIONS = {"star": Star(), "connected": Connected()}
-_PILOT_SHARE, _PARTICLES_PILOT = 0.13, 0.2
+_PARTICLES_PILOT = 0.2
+_BEFORE = {"pilot": (0.0, 0.13), "trying the ladder": (0.13, 0.08)}
 """Shares of a tether's and of the particles' work that their pilots take, about."""
 
 
@@ -240,8 +241,9 @@ def _run_chains(entry: Tether, setting: Setting, on_progress: OnProgress) -> Row
     def listen(stage: str, share: float) -> None:
         nonlocal phase
         phase = stage
-        if stage == "pilot":
-            show(_PILOT_SHARE * share)
+        if stage in _BEFORE:
+            begun, part = _BEFORE[stage]
+            show(begun + part * share)
 
     on_progress(Progress(entry.name, 0, 100, 0.0, None, "%", phase))
     try:

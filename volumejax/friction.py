@@ -27,7 +27,10 @@ _STRETCHES = 24
 """Of the ladder, with as many gradients each."""
 _CHANCE = 1.0
 """Nats that a stretch may lose besides, since so much of it would be chance."""
-_COOL, _HEAT, _START = range(3)
+_SETTLED = 0.2
+"""Of the gradients of a pass, those for which the second stays at the end before it goes up: the pilot's chains lag as
+the first pass does, and would hide what it lags by."""
+_COOL, _HEAT, _START, _STAY = range(4)
 Vector = NDArray[np.float64]
 
 
@@ -37,6 +40,8 @@ class Trial(NamedTuple):
     friction: Friction
     acceptance: Vector
     """Mean Metropolis probability of the long trajectories around the friction's x, shape (points,)."""
+    gradients: int
+    """Of each chain, in both passes."""
 
 
 def try_ladder(
@@ -70,13 +75,14 @@ def try_ladder(
     draws, indices = jax.random.fold_in(key, _START), jnp.arange(chains, dtype=jnp.int32)
     starts = [begin(ensemble, draws, first, indices, launcher.mesh) for launcher in launchers]
     table, bottom = pad(kappa), levels - 1
-    cooling, heating = (
-        Pass(launcher, metric, key, batch_size, origin, [Leg("", ensemble, table, route, tag, enter(tag))])
-        for launcher, origin, route, tag in (
-            (launchers[0], starts[0], [*range(levels), bottom], _COOL),
-            (launchers[-1], laid_out_like(ends, starts[-1]), [*range(bottom, 0, -1), 1], _HEAT),
-        )
-    )
+    stay = max(round(_SETTLED * float(np.sum(kappa.gradients) / kappa.gradients[bottom])), 1)
+    down = [Leg("", ensemble, table, [*range(levels), bottom], _COOL, enter(0))]
+    back = [
+        Leg("", ensemble, table, [bottom] * (stay + 1), _STAY, lambda *_: None),
+        Leg("", ensemble, table, [*range(bottom, 0, -1), 1], _HEAT, enter(1)),
+    ]
+    cooling = Pass(launchers[0], metric, key, batch_size, starts[0], down)
+    heating = Pass(launchers[-1], metric, key, batch_size, laid_out_like(ends, starts[-1]), back)
     total = cooling.gradients + heating.gradients
     for passes in ([cooling, heating],) if len(launchers) > 1 else ([cooling], [heating]):
         for _ in walk(passes):
@@ -87,7 +93,7 @@ def try_ladder(
     nearest = np.argmin(np.abs(x[:, None] - friction.x), axis=1)
     near = [acceptance[:, 1:][:, nearest == point] for point in range(len(friction.x))]
     known = [part[np.isfinite(part)] for part in near]
-    return Trial(friction, np.array([np.mean(part) if part.size else WANTED for part in known]))
+    return Trial(friction, np.array([np.mean(part) if part.size else WANTED for part in known]), total)
 
 
 def friction_of(kappa: Rung, down: Vector, up: Vector) -> Friction:

@@ -29,7 +29,7 @@ from volumejax.annealing import Record, begin, laid_out_like, pad
 from volumejax.ensemble import CHEAP, Ensemble, Position, Rung, ensemble_of, with_ridge
 from volumejax.frames import Frame, frame_of
 from volumejax.friction import try_ladder
-from volumejax.ladder import kappa_ladder, temperature_ladder
+from volumejax.ladder import Survey, kappa_ladder, temperature_ladder
 from volumejax.metric import Metric
 from volumejax.parallel import Launcher, launchers, num_devices, require_threefry
 from volumejax.passes import Leg, Pass, stages, walk
@@ -302,13 +302,13 @@ class _Run:
         self.budget *= len(self.ensemble.guides) / len(pilot.ensemble.guides)
         self.ensemble, self.metric = pilot.ensemble, pilot.metric
         ensemble, cutoff = self.ensemble, float(self.ensemble.cutoff)
-        kappa, tried = self._ladder(pilot)
+        survey, kappa, tried = self._ladder(pilot)
         temperatures = temperature_ladder(
-            pilot.survey, decades=self.decades, most_steps=_MOST_STEPS, budget=_TEMPERATURE * self.budget
+            survey, decades=self.decades, most_steps=_MOST_STEPS, budget=_TEMPERATURE * self.budget
         )
         temperature, joint, _ = temperatures
         # The ensemble at the temperatures.
-        ridged = with_ridge(ensemble, self.anchor_cost, pilot.survey.bulge) if temperatures.rises else ensemble
+        ridged = with_ridge(ensemble, self.anchor_cost, survey.bulge) if temperatures.rises else ensemble
         with jax.enable_x64(True):
             first = jnp.float64(kappa.precision[0])
             log_reference = float(ensemble.frame.log_reference(first) + ensemble.frame.offset)
@@ -351,7 +351,7 @@ class _Run:
                 Leg("curve", ridged, temperature_table, there_and_back, _CURVE, enter_temperature(COOLING, False))
             )
         over = jax.tree.map(lambda x: np.repeat(x[-1:], 2, axis=0), kappa)
-        beyond = max(_OVERSHOOT, float(np.exp(-_BEYOND / np.std(pilot.survey.slope[-1]))))
+        beyond = max(_OVERSHOOT, float(np.exp(-_BEYOND / np.std(survey.slope[-1]))))
         over = eqx.tree_at(lambda r: r.precision, over, over.precision * np.array([beyond, 1.0]))
         heat = [
             Leg(
@@ -407,24 +407,25 @@ class _Run:
                     costs = tally.held(cooling.positions.cost, cooling.positions.ridge)
                     yield summarise(tally, plan, costs, each * spent, spent / total, final=final, noise=noise)
 
-    def _ladder(self, pilot: Pilot) -> tuple[Rung, int]:
-        """Return the κ ladder, and the gradients of each chain that it took to find it, for both passes."""
-        guides = len(self.ensemble.guides)
+    def _ladder(self, pilot: Pilot) -> tuple[Survey, Rung, int]:
+        """Return the survey, the κ ladder, and the gradients of each chain that it took to find it after the pilot."""
+        guides, survey = len(self.ensemble.guides), pilot.survey
         make = functools.partial(
             kappa_ladder, most_steps=_MOST_STEPS, escort=self.escort,
             overhead=self.ensemble.checks / (_FORWARDS * guides),
         )  # fmt: skip
         budget = _KAPPA * self.budget
-        trial = make(pilot.survey, budget=_TRIAL * budget, whole=True)
-        tried = int(np.sum(trial.gradients))
-        if self.ensemble.dimension < CHEAP or tried > _MOST_TRIAL * budget:
-            return make(pilot.survey, budget=budget), 0
+        trial = make(survey, budget=_TRIAL * budget, whole=True)
+        # Where the region is most of the prior there may be no way to go.
+        is_short = len(survey.x) < 2 or float(np.sum(trial.gradients)) > _MOST_TRIAL * budget
+        if self.ensemble.dimension < CHEAP or is_short:
+            return survey, make(survey, budget=budget), 0
         seen = try_ladder(
             self.ensemble, self.metric, jax.random.fold_in(self.key, _TRIAL_KEY), trial, pilot.ends, self.batch_size,
             self.launchers, lambda share: self.on_progress("trying the ladder", share),
         )  # fmt: skip
-        survey = pilot.survey.restepped(seen.friction.x, seen.acceptance)
-        return make(survey, budget=budget - tried, friction=seen.friction), 2 * tried
+        survey = survey.restepped(seen.friction.x, seen.acceptance)
+        return survey, make(survey, budget=budget - 0.5 * seen.gradients, friction=seen.friction), seen.gradients
 
     def _fly(self) -> Pilot:
         return fly(
