@@ -416,9 +416,9 @@ class _Run:
         )  # fmt: skip
         budget = _KAPPA * self.budget
         trial = make(survey, budget=_TRIAL * budget, whole=True)
-        # Where the region is most of the prior there may be no way to go.
+        # Where the region is most of the prior there may be no way to go; stars gain nothing by it.
         is_short = len(survey.x) < 2 or float(np.sum(trial.gradients)) > _MOST_TRIAL * budget
-        if self.ensemble.dimension < CHEAP or is_short:
+        if self.ensemble.dimension < CHEAP or self.ensemble.checks or is_short:
             return survey, make(survey, budget=budget), 0
         seen = try_ladder(
             self.ensemble, self.metric, jax.random.fold_in(self.key, _TRIAL_KEY), trial, pilot.ends, self.batch_size,
