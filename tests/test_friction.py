@@ -16,6 +16,7 @@ import volumejax as vj
 from volumejax import reference, tether
 from volumejax.friction import Trial, friction_of
 from volumejax.ladder import Friction, kappa_ladder
+from volumejax.parallel import Launcher
 from volumejax.tally import COOLING, HEATING
 
 LEVELS, GAIN = 242, -3.0
@@ -130,7 +131,7 @@ def test_a_trial_sees_friction_and_acceptance_of_every_part(monkeypatch, lanes):
     seen, told, inner = [], [], tether.try_ladder
 
     def look(*args):
-        args = (*args[:6], args[6] * lanes, args[7])
+        args = (*args[:6], (*args[6], Launcher(None))[:lanes], args[7])
         seen.append((args[3], inner(*args)))
         return seen[-1][1]
 

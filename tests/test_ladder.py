@@ -123,7 +123,7 @@ def test_steps_follow_how_often_trajectories_are_accepted():
     survey = survey_of(1.0)
     same = survey.restepped(survey.x, np.full(STOPS, WANTED))
     np.testing.assert_allclose(same.step_size, survey.step_size)
-    # 2Φ(−s/2) at s = 0.637 and at half of that.
+    # Three quarters are accepted at s = 0.637; here s is what a step 1.2 times as short leaves of that.
     longer = survey.restepped(survey.x, np.full(STOPS, 2.0 * stats.norm.sf(0.5 * 0.637 / 1.2**2)))
     np.testing.assert_allclose(longer.step_size, 1.2 * survey.step_size, rtol=0.01)
     extremes = survey.restepped(np.array([8.0, 4.1, 3.9, 0.0]), np.array([1.0, 1.0, 0.0, 0.0]))

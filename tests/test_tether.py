@@ -72,27 +72,29 @@ STARS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", STARS)
-def test_a_star_whose_ridge_rises_is_the_same(monkeypatch, name):
-    """However little its segments scatter. Mutations: the ridge's share or its part of the mixture left out."""
+@pytest.fixture(params=STARS)
+def risen(request, monkeypatch):
+    """A star whose ridge rises however little its segments scatter, and its log mass."""
     monkeypatch.setattr(ladder, "_PARTED", -1.0)
-    make, exact = STARS[name]
+    make, exact = STARS[request.param]
     problem = make()
+    return problem, exact(problem)
+
+
+@pytest.mark.slow
+def test_a_star_whose_ridge_rises_is_the_same(risen):
+    """Mutations: the ridge's share or its part of the mixture left out."""
+    problem, truth = risen
     for seed in range(3):
         estimate = measure(problem, seed, region=vj.Star(), effort=0.06, decades=0.5)
         assert np.isfinite(estimate.trace.blocked)
-        check(estimate, exact(problem))
+        check(estimate, truth)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STARS)
-def test_one_chain_sees_the_star_whose_ridge_rises(monkeypatch, name):
+def test_one_chain_sees_the_star_whose_ridge_rises(risen):
     """The error of one chain is itself uncertain by a fifth, so its size is held for the mean of seeds."""
-    monkeypatch.setattr(ladder, "_PARTED", -1.0)
-    make, exact = STARS[name]
-    problem = make()
-    truth = exact(problem)
+    problem, truth = risen
     estimates = [measure(problem, seed, region=vj.Star(), effort=0.25, num_chains=1, decades=0.5) for seed in range(4)]
     for estimate in estimates:
         assert abs(estimate.log_mass - truth) <= 4.0 * estimate.std_error

@@ -44,8 +44,9 @@ ProposalConfig = IsotropicProposal | AdamProposal | DiagonalGGNProposal | DenseG
 
 _REGIONS = {"star": Star(), "connected": Connected()}
 _PARTICLES_PILOT = 0.2
+"""Share of the particles' work that their pilot takes, about."""
 _BEFORE = {"pilot": (0.0, 0.13), "trying the ladder": (0.13, 0.08)}
-"""Shares of a tether's and of the particles' work that their pilots take, about."""
+"""Where a tether's stages before its passes begin, and what share of its work they take, about."""
 
 
 @dataclasses.dataclass(frozen=True)

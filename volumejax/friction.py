@@ -19,7 +19,7 @@ from volumejax.ensemble import Ensemble, Position, Rung
 from volumejax.ladder import WANTED, Friction
 from volumejax.metric import Metric
 from volumejax.parallel import Launcher
-from volumejax.passes import Leg, Pass, walk
+from volumejax.passes import Leg, Pass, rounds, walk
 
 __all__ = ["Trial", "friction_of", "try_ladder"]
 
@@ -84,7 +84,7 @@ def try_ladder(
     cooling = Pass(launchers[0], metric, key, batch_size, starts[0], down)
     heating = Pass(launchers[-1], metric, key, batch_size, laid_out_like(ends, starts[-1]), back)
     total = cooling.gradients + heating.gradients
-    for passes in ([cooling, heating],) if len(launchers) > 1 else ([cooling], [heating]):
+    for passes in rounds(cooling, heating):
         for _ in walk(passes):
             on_progress((cooling.spent + heating.spent) / total)
     friction = friction_of(kappa, works[:, 0], works[:, 1])

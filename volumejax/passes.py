@@ -18,7 +18,7 @@ from volumejax.ensemble import Ensemble, Position, Rung
 from volumejax.metric import Metric
 from volumejax.parallel import Launcher
 
-__all__ = ["Leg", "Pass", "stages", "walk"]
+__all__ = ["Leg", "Pass", "rounds", "stages", "walk"]
 
 _SECONDS = 2.0
 """Aimed at for a call."""
@@ -138,6 +138,11 @@ def walk(passes: Sequence[Pass]) -> Iterator[Pass]:
             first.set_out()
         enter()
         yield first
+
+
+def rounds(first: Pass, second: Pass) -> list[list[Pass]]:
+    """Return which passes go at once: both where each has its launcher, else one after the other."""
+    return [[first, second]] if first.launcher is not second.launcher else [[first], [second]]
 
 
 def _gradients(table: Rung, rungs: list[int]) -> int:

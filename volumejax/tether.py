@@ -32,7 +32,7 @@ from volumejax.friction import try_ladder
 from volumejax.ladder import Survey, kappa_ladder, temperature_ladder
 from volumejax.metric import Metric
 from volumejax.parallel import Launcher, launchers, num_devices, require_threefry
-from volumejax.passes import Leg, Pass, stages, walk
+from volumejax.passes import Leg, Pass, rounds, stages, walk
 from volumejax.pilot import Pilot, fly
 from volumejax.regions import Connected, Star
 from volumejax.results import VolumeEstimate, last_estimate
@@ -394,7 +394,7 @@ class _Run:
         before, each = pilot.gradients + tried, len(ensemble.guides)
         total = before + cooling.gradients + heating.gradients
         noise, spoke = np.nan, time.perf_counter()
-        for passes in ([cooling, heating],) if len(self.launchers) > 1 else ([cooling], [heating]):
+        for passes in rounds(cooling, heating):
             for latest in walk(passes):
                 if latest.ended:
                     _require_meant(ensemble, latest.positions)
@@ -414,11 +414,11 @@ class _Run:
             kappa_ladder, most_steps=_MOST_STEPS, escort=self.escort,
             overhead=self.ensemble.checks / (_FORWARDS * guides),
         )  # fmt: skip
-        budget = _KAPPA * self.budget
-        trial = make(survey, budget=_TRIAL * budget, whole=True)
+        budget, trial = _KAPPA * self.budget, None
         # Where the region is most of the prior there may be no way to go; stars gain nothing by it.
-        is_short = len(survey.x) < 2 or float(np.sum(trial.gradients)) > _MOST_TRIAL * budget
-        if self.ensemble.dimension < CHEAP or self.ensemble.checks or is_short:
+        if self.ensemble.dimension >= CHEAP and not self.ensemble.checks and len(survey.x) > 1:
+            trial = make(survey, budget=_TRIAL * budget, whole=True)
+        if trial is None or float(np.sum(trial.gradients)) > _MOST_TRIAL * budget:
             return survey, make(survey, budget=budget), 0
         seen = try_ladder(
             self.ensemble, self.metric, jax.random.fold_in(self.key, _TRIAL_KEY), trial, pilot.ends, self.batch_size,
