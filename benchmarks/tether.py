@@ -8,6 +8,7 @@ eight seeds of three problems and says what escorts and Bennett's ratio save aga
 
 import argparse
 import gzip
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -179,7 +180,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--chains", type=int, help="of each pass; by default as many as the library chooses")
     parser.add_argument("--beta-factor", type=float, default=1.0, help="multiplies the automatic inverse temperature")
-    parser.add_argument("--only", default="", metavar="TEXT", help="problems whose name contains this")
+    parser.add_argument(
+        "--only", default="", metavar="PATTERN", help="of the problems those that this matches: 'D=10000$'"
+    )
     parser.add_argument("--escort", type=float, nargs="+", default=[1.0], help="0 for plain weights")
     parser.add_argument(
         "--decades", type=float, default=2.0, help="that the curve reaches below the cutoff; 0 for none"
@@ -198,7 +201,7 @@ def main() -> None:
         "| problem | effort | escort | log mass | lower | cooling | heating | integrated | kind | gradients | s | off |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
-    chosen = [job for name in problems for job in jobs(name, arguments.mnist) if arguments.only in job.name]
+    chosen = [job for name in problems for job in jobs(name, arguments.mnist) if re.search(arguments.only, job.name)]
     for job in chosen:
         chains = arguments.chains or default_num_chains(tree.size(job.params))
         for effort in arguments.effort:

@@ -228,18 +228,30 @@ def test_chains_in_separate_parts_are_told_from_chains_that_mix(make_tally):
     assert np.isnan(make_tally().separation())
 
 
-def test_single_chains_are_compared_with_that_of_the_other_pass(make_rungs):
+@pytest.mark.parametrize(
+    ("late", "apart", "meet"),
+    [
+        ((0, 0), 1.0, True), ((0, 0), 30.0, False), ((3, 3), 1.0, True), ((3, 3), 30.0, False), ((8, 8), 1.0, False),
+        ((-3, -3), 1.0, False), ((3, 0), 1.0, False),
+    ],
+)  # fmt: skip
+def test_single_chains_are_compared_with_that_of_the_other_pass_less_what_both_lag(make_rungs, late, apart, meet):
+    """Two leaves that fall along the ladder, and lag by as many of its 41 rungs as `late` says, of both passes in all.
+
+    One rung too far, to the wrong side, or of one leaf only is no lag. Mutation: rungs shifted the other way.
+    """
     rng = np.random.default_rng(4)
-    for apart, low, high in ((1.0, 0.9, 1.6), (30.0, 5.0, 100.0)):
-        tally = Tally(
-            make_rungs(np.full(41, 3.0), np.full(41, 20.0)),
-            Temperatures(make_rungs(np.ones(5), BETAS), JOINT, 4), REFERENCE, 1, ANCHOR_COST,
-        )  # fmt: skip
-        for which, factor in ((COOLING, 1.0), (HEATING, apart)):
-            assert np.isnan(tally.separation())
-            for rung in range(1, 41):
-                tally.squares[which][rung] = factor * np.exp(0.3 * rng.normal(size=(1, 1)) - 0.2 * rung)
-        assert low < tally.separation() < high
+    tally = Tally(
+        make_rungs(np.full(41, 3.0), np.full(41, 20.0)),
+        Temperatures(make_rungs(np.ones(5), BETAS), JOINT, 4), REFERENCE, 1, ANCHOR_COST,
+    )  # fmt: skip
+    for which, factor in ((COOLING, 1.0), (HEATING, apart)):
+        assert np.isnan(tally.separation())
+        for rung in range(1, 41):
+            at = rung + np.array(late) * (which == HEATING)
+            logs = 0.3 * rng.normal(size=(1, 2)) - [2.0, -1.5] * at
+            tally.squares[which][rung] = factor * np.exp(logs)
+    assert 0.9 < tally.separation() < 1.6 if meet else tally.separation() > 3.0
 
 
 def test_a_pass_lost_at_one_gap_is_compared_at_the_others(whole):

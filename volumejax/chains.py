@@ -160,7 +160,8 @@ class ChainTrace(eqx.Module):
     chains a pass."""
     separation: Float[Numbers, ""]
     """R-hat over the chains of one pass, by quartiles, of the leaves' log squares along its last rungs, the worst leaf
-    and pass: far above 1 where chains stay in separate parts of the region."""
+    and pass: far above 1 where chains stay in separate parts of the region. Single chains of the two passes are
+    compared with each other, less what both lag."""
     standstill: Float[Numbers, ""]
     """Share of a pass's gradients in the longest stretch over which a chain's long trajectories were all refused; the
     mean over chains, of the worse pass."""

@@ -19,6 +19,8 @@ __all__ = ["COOLING", "HEATING", "PARTS", "Sums", "Tally"]
 COOLING, HEATING = 0, 1
 _WINDOW = 48
 """Rungs at the end of the ladder over which chains are compared with each other."""
+_LATE = 0.1
+"""Share of the ladder's gradients that the two passes may lag behind each other and still be in one part."""
 _REFUSED = 0.02
 """Mean Metropolis probability of a visit's long trajectories below which the chain stood still."""
 _QUARTILES = 1.349
@@ -331,29 +333,23 @@ class Tally:
         return beta * means, beta**2 * variances
 
     def separation(self) -> float:
-        """Return the largest R-hat over chains of a leaf's log square along the last rungs, of either pass.
+        """Return R-hat over chains of the leaves' log squares along the last rungs, of the worse leaf and pass.
 
-        Between chains it goes by the quartiles: a few that are lost where little mass is change the result by little.
-        Where a pass has one chain it is compared with that of the other.
+        Where a pass has one chain it is compared with that of the other: one comes too late to each rung and the other
+        leaves it too late, so with what that held before, on the rungs that suit all leaves best, up to a tenth of the
+        ladder's gradients back.
         """
-        worst, passes = np.nan, self.squares
-        if self.chains == 1:
-            both = passes[COOLING].keys() & passes[HEATING].keys()
-            passes = [{rung: np.concatenate([seen[rung] for seen in passes]) for rung in both}]
-        for seen in passes:
-            rungs = [rung for rung in sorted(seen)[-_WINDOW:] if rung > 0]
-            if len(rungs) < 4:
-                continue
-            with np.errstate(divide="ignore", invalid="ignore"):
-                logs = np.log(np.stack([seen[rung] for rung in rungs]))
-            alive = np.all(np.isfinite(logs), axis=(0, 2))
-            if alive.sum() < 2:
-                continue
-            about = logs[:, alive] - np.median(logs[:, alive], axis=1, keepdims=True)
-            low, high = np.quantile(about.mean(axis=0), [0.25, 0.75], axis=0)
-            within = np.median(about.var(axis=0, ddof=1), axis=0)
-            worst = np.nanmax([worst, *np.sqrt(1.0 + ((high - low) / _QUARTILES) ** 2 / np.maximum(within, 1e-12))])
-        return float(worst)
+        if self.chains > 1:
+            found = [_r_hat([seen[rung] for rung in sorted(seen) if rung > 0][-_WINDOW:]) for seen in self.squares]
+            return float(np.fmax(*found))
+        cooling, heating = self.squares
+        rungs = sorted((cooling.keys() & heating.keys()) - {0})
+        spent = np.cumsum(self.kappa.gradients)
+        found = np.nan
+        for late in range(sum(spent[rungs[-1]] - spent[rung] <= _LATE * spent[-1] for rung in rungs)):
+            pairs = list(zip(rungs[late:], rungs, strict=False))[-_WINDOW:]
+            found = np.fmin(found, _r_hat([np.concatenate([cooling[c], heating[h]]) for c, h in pairs]))
+        return float(found)
 
     def shortfall(self, cutoff: float) -> float:
         """Return how far the upper tenth of the costs at the last temperature lies below the cutoff, in their scatter.
@@ -405,3 +401,21 @@ class Tally:
 def _rows(works: Vector) -> Vector:
     """Return works of shape (passes, rungs, chains) as (rungs, passes · chains)."""
     return np.moveaxis(works, 0, 1).reshape(works.shape[1], -1)
+
+
+def _r_hat(squares: list[Vector]) -> float:
+    """Return R-hat over chains of the worst leaf's log |δ|², given on each of at least four rungs as (chains, leaves).
+
+    Between chains it goes by the quartiles: a few that are lost where little mass is change the result by little.
+    """
+    if len(squares) < 4:
+        return np.nan
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log(np.stack(squares))
+    alive = np.all(np.isfinite(logs), axis=(0, 2))
+    if alive.sum() < 2:
+        return np.nan
+    about = logs[:, alive] - np.median(logs[:, alive], axis=1, keepdims=True)
+    low, high = np.quantile(about.mean(axis=0), [0.25, 0.75], axis=0)
+    within = np.median(about.var(axis=0, ddof=1), axis=0)
+    return float(np.max(np.sqrt(1.0 + ((high - low) / _QUARTILES) ** 2 / np.maximum(within, 1e-12))))
