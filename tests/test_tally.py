@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from volumejax.annealing import Record
+from volumejax.chains import MOST_SEPARATION
 from volumejax.ensemble import FIELDS
 from volumejax.ladder import Temperatures
 from volumejax.sample_rays import SampleRays
@@ -228,30 +229,66 @@ def test_chains_in_separate_parts_are_told_from_chains_that_mix(make_tally):
     assert np.isnan(make_tally().separation())
 
 
+@pytest.fixture
+def single_chains(make_rungs):
+    """Make a tally of single chains from what each pass says of its leaves' log squares at x = 0, 1, …, and noise."""
+
+    def make(cooling, heating, size):
+        rng = np.random.default_rng(4)
+        tally = Tally(
+            make_rungs(np.full(size, 3.0), np.full(size, 20.0)),
+            Temperatures(make_rungs(np.ones(5), BETAS), JOINT, 4), REFERENCE, 1, ANCHOR_COST,
+        )  # fmt: skip
+        for which, logs in ((COOLING, cooling), (HEATING, heating)):
+            assert np.isnan(tally.separation())
+            for rung in range(1, size):
+                tally.squares[which][rung] = np.exp(logs(rung) + 0.3 * rng.normal(size=(1, 2)))
+        return tally
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("late", "apart", "meet"),
     [
-        ((0, 0), 1.0, True), ((0, 0), 30.0, False), ((3, 3), 1.0, True), ((3, 3), 30.0, False), ((8, 8), 1.0, False),
-        ((-3, -3), 1.0, False), ((3, 0), 1.0, False),
+        ((0, 0), 1.0, True), ((0, 0), 30.0, False), ((3, 3), 1.0, True), ((3, 3), 30.0, False), ((4, 4), 1.0, True),
+        ((5, 5), 1.0, False), ((-3, -3), 1.0, False), ((3, 0), 1.0, False),
     ],
 )  # fmt: skip
-def test_single_chains_are_compared_with_that_of_the_other_pass_less_what_both_lag(make_rungs, late, apart, meet):
-    """Two leaves that fall along the ladder, and lag by as many of its 41 rungs as `late` says, of both passes in all.
+def test_single_chains_are_compared_with_that_of_the_other_pass_less_what_both_lag(single_chains, late, apart, meet):
+    """Two leaves that fall along the ladder, and lag by as many of its 41 rungs as `late` says of both passes together.
 
-    One rung too far, to the wrong side, or of one leaf only is no lag. Mutation: rungs shifted the other way.
+    One rung too far, to the wrong side, or of one leaf only is no lag. Mutations: rungs shifted the other way, a limit
+    of another size.
     """
-    rng = np.random.default_rng(4)
-    tally = Tally(
-        make_rungs(np.full(41, 3.0), np.full(41, 20.0)),
-        Temperatures(make_rungs(np.ones(5), BETAS), JOINT, 4), REFERENCE, 1, ANCHOR_COST,
-    )  # fmt: skip
-    for which, factor in ((COOLING, 1.0), (HEATING, apart)):
-        assert np.isnan(tally.separation())
-        for rung in range(1, 41):
-            at = rung + np.array(late) * (which == HEATING)
-            logs = 0.3 * rng.normal(size=(1, 2)) - [2.0, -1.5] * at
-            tally.squares[which][rung] = factor * np.exp(logs)
-    assert 0.9 < tally.separation() < 1.6 if meet else tally.separation() > 3.0
+    fall = np.array([-2.0, 1.5])
+    tally = single_chains(
+        lambda rung: fall * rung, lambda rung: fall * (rung + np.array(late)) + np.log(apart), size=41
+    )
+    assert 0.9 < tally.separation() < 1.6 if meet else tally.separation() > MOST_SEPARATION
+    # A rung that says nothing is left out.
+    tally.squares[HEATING][38][:] = np.nan
+    assert 0.9 < tally.separation() < 1.6 if meet else tally.separation() > MOST_SEPARATION
+
+
+def test_arms_that_open_late_are_no_lag(single_chains):
+    """Between 120 and 70 rungs before the end, where 70 are a tenth of the ladder, over which the leaves move by 2."""
+
+    def arm(rung):
+        return np.array([-1.2, 1.2]) * np.interp(rung - 701, [-120, -70], [0.0, 1.0])
+
+    tally = single_chains(lambda rung: 2.0 / 70 * rung + arm(rung), lambda rung: 2.0 / 70 * rung - arm(rung), size=701)
+    assert tally.separation() > MOST_SEPARATION
+
+
+def test_what_leaves_move_by_at_the_end_alone_is_no_lag(single_chains):
+    """They move faster and faster, and differ by as much all along. Mutation: only the end compared."""
+
+    def move(rung):
+        return 4.0 * (rung / 701) ** 8 * np.ones(2)
+
+    tally = single_chains(move, lambda rung: move(rung) + 3.5, size=701)
+    assert tally.separation() > MOST_SEPARATION
 
 
 def test_a_pass_lost_at_one_gap_is_compared_at_the_others(whole):

@@ -20,7 +20,7 @@ COOLING, HEATING = 0, 1
 _WINDOW = 48
 """Rungs at the end of the ladder over which chains are compared with each other."""
 _LATE = 0.1
-"""Share of the ladder's gradients that the two passes may lag behind each other and still be in one part."""
+"""Share of the ladder's gradients that single chains of the two passes may lag, in all, and still be in one part."""
 _REFUSED = 0.02
 """Mean Metropolis probability of a visit's long trajectories below which the chain stood still."""
 _QUARTILES = 1.349
@@ -333,23 +333,29 @@ class Tally:
         return beta * means, beta**2 * variances
 
     def separation(self) -> float:
-        """Return R-hat over chains of the leaves' log squares along the last rungs, of the worse leaf and pass.
+        """Return R-hat over a pass's chains of the leaves' log squares along the last rungs, of the worse pass.
 
-        Where a pass has one chain it is compared with that of the other: one comes too late to each rung and the other
-        leaves it too late, so with what that held before, on the rungs that suit all leaves best, up to a tenth of the
-        ladder's gradients back.
+        Single chains of the two passes are compared with each other, less what both lag: the cooling one comes too
+        late to each rung and the heating one, which comes from below, leaves it too late. So they are held against
+        each other on rungs that lie some way apart, the same way at the end of the ladder and before it, and the
+        smallest R-hat counts.
         """
         if self.chains > 1:
             found = [_r_hat([seen[rung] for rung in sorted(seen) if rung > 0][-_WINDOW:]) for seen in self.squares]
             return float(np.fmax(*found))
-        cooling, heating = self.squares
-        rungs = sorted((cooling.keys() & heating.keys()) - {0})
-        spent = np.cumsum(self.kappa.gradients)
-        found = np.nan
-        for late in range(sum(spent[rungs[-1]] - spent[rung] <= _LATE * spent[-1] for rung in rungs)):
-            pairs = list(zip(rungs[late:], rungs, strict=False))[-_WINDOW:]
-            found = np.fmin(found, _r_hat([np.concatenate([cooling[c], heating[h]]) for c, h in pairs]))
-        return float(found)
+        cooling, heating = (
+            {rung: squares for rung, squares in sorted(seen.items()) if rung > 0 and np.all(np.isfinite(squares))}
+            for seen in self.squares
+        )
+        end, spent = max(cooling.keys() & heating.keys(), default=0), np.cumsum(self.kappa.gradients)
+        most = int(np.sum(spent[: end + 1] >= spent[end] - _LATE * spent[-1])) - 1
+
+        def apart(late: int, last: int) -> float:
+            rungs = [rung for rung in cooling if rung <= last and rung - late in heating][-_WINDOW:]
+            return _r_hat([np.concatenate([cooling[rung], heating[rung - late]]) for rung in rungs])
+
+        found = [np.fmax(apart(late, end), apart(late, end - most)) for late in range(most + 1)]
+        return float(np.fmin.reduce(found))
 
     def shortfall(self, cutoff: float) -> float:
         """Return how far the upper tenth of the costs at the last temperature lies below the cutoff, in their scatter.
