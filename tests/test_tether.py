@@ -13,9 +13,6 @@ import volumejax as vj
 from volumejax import ladder, passes, reference, tether
 from volumejax.results import BoundKind, Kind
 
-SPREAD = np.logspace(-3, 2, 100)
-
-
 def measure(problem, seed=0, **options):
     return vj.tether_volume(
         jax.random.key(seed), problem.cost, problem.params, problem.prior, cutoff=problem.cutoff, **options
@@ -372,8 +369,8 @@ def test_an_unbounded_region_under_an_improper_prior_is_refused():
 
 @pytest.mark.slow
 def test_the_virial_is_biased_upward_behind_a_hard_wall():
-    # A ball of a piecewise constant cost: only the wall confines, which the virial identity leaves out. By the
-    # divergence theorem it then misses the flux through the wall, d log mass / d log radius = D in a small ball.
+    # A ball of a piecewise constant cost: only the wall confines, which the virial identity leaves out. The regressor
+    # then makes ½D of ½a|δ|², as if nothing were cut off: a bias of all of −log mass, but for what the reference lost.
     def hard(w):
         return jnp.where(jnp.sum(jnp.square(w)) < 0.01, 0.0, 1.0) + 0.0 * jnp.sum(w)
 
@@ -382,7 +379,7 @@ def test_the_virial_is_biased_upward_behind_a_hard_wall():
     )
     truth = reference.quadratic(np.ones(4), cutoff=0.005).log_mass
     check(estimate, truth)
-    assert estimate.trace.integrated_virial > truth + 1.0
+    assert abs(estimate.trace.integrated_virial) < 0.7
     assert abs(estimate.trace.integrated - truth) < 0.5
 
 
