@@ -15,7 +15,7 @@ from scipy.special import logsumexp
 from volumejax import ensemble as ensemble_module
 from volumejax.ensemble import FIELDS, Ensemble, Rung, with_bulges, with_ridge
 from volumejax.frames import frame_of
-from volumejax.kernels import JITTER, hmc
+from volumejax.kernels import JITTER, hmc, rescaled
 from volumejax.metric import Metric, plain_metric
 from volumejax.priors import Gaussian, UniformBall, UniformBox
 from volumejax.regions import Connected, Star
@@ -68,11 +68,15 @@ PLAIN = plain_metric(ANCHOR, turns=True)
 
 
 @on_host
-def walk(ensemble, rung, key, metric=PLAIN):
+def walk(ensemble, rung, key, metric=PLAIN, rescales=False):
     """All chains from the anchor: what each draw looked like, axes [draws, chains]."""
     init, step = hmc(ensemble, rung, metric)
 
     def advance(position, keys):
+        if rescales:
+            with jax.enable_x64(False):
+                others = jax.vmap(lambda key: jax.random.fold_in(key, 7))(keys)
+            position = jax.vmap(lambda key, start: rescaled(ensemble, rung, key, start))(others, position)
         position, info = jax.vmap(step)(keys, position)
         d = position.displacement
         fits = jax.vmap(ensemble.permits)(position.reach, d)
@@ -154,9 +158,13 @@ TARGETS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TARGETS)
-def test_moves_leave_the_ensemble_as_it_is(name):
-    """Long runs against quadrature, three seeds."""
+@pytest.mark.parametrize(
+    ("name", "rescales"),
+    [(name, False) for name in TARGETS]
+    + [(name, True) for name in ("bent and quartic behind a wall", "box behind a wall", "star with a ridge")],
+)
+def test_moves_leave_the_ensemble_as_it_is(name, rescales):
+    """Long runs against quadrature, three seeds; with changes of the leaves' scales between trajectories or without."""
     ensemble, rung = TARGETS[name]
     frame, cutoff = ensemble.frame, float(ensemble.cutoff)
     cost_at, log_density = energy(ensemble, rung)
@@ -178,7 +186,7 @@ def test_moves_leave_the_ensemble_as_it_is(name):
 
     truth = grid_truth(log_density, inside, 6.0, at)
     for seed in range(3):
-        cost, d, info, fits = seen = walk(ensemble, rung, jax.random.key(seed))
+        cost, d, info, fits = seen = walk(ensemble, rung, jax.random.key(seed), PLAIN, rescales)
         assert np.all(fits)
         agree(seen, truth, at, 0.05)
         assert np.mean(info.acceptance) > 0.3
@@ -194,6 +202,50 @@ def test_moves_leave_the_ensemble_as_it_is(name):
         if name.startswith("star"):
             outside = ~np.asarray(info.inside)
             assert np.mean(outside) > 0.01
+
+
+LEAVES = {"a": jnp.full(3, 0.4), "b": jnp.full((2, 2), -0.3), "c": jnp.float32(1.0)}
+
+
+@on_host
+def rescale_often(ensemble, rung, key, draws, moves):
+    """Exact draws of the reference, and where so many changes of their scales have taken them."""
+
+    def start(key):
+        return ensemble.position(ensemble.frame.draw_reference(key, jnp.float32(rung.precision)))
+
+    def go_on(key, position):
+        def move(m, position):
+            with jax.enable_x64(False):
+                move_key = jax.random.fold_in(key, m)
+            return rescaled(ensemble, rung, move_key, position)
+
+        return jax.lax.fori_loop(0, moves, move, position)
+
+    with jax.enable_x64(False):
+        starts, others = jax.random.split(key, (2, draws))
+    with jax.enable_x64(True):
+        before = jax.vmap(start)(starts)
+        return before, jax.vmap(go_on)(others, before)
+
+
+def test_leaves_that_change_their_scales_keep_their_gaussian():
+    """Leaves of several sizes, of a prior that pulls.
+
+    Mutations: the Jacobian left out, of the wrong sign or of one leaf, a move that never happens.
+    """
+    prior = Gaussian(jax.tree.map(lambda x: jnp.float32(0.5 + 0.3 * x.size), LEAVES), 0.1)
+    ensemble = Ensemble(lambda w: 0.0 * jnp.sum(w["a"]), frame_of(prior, LEAVES), number(1.0), Connected(), False)
+    rung = rung_of(precision=2.5, beta=0.0, masses=(1.0, 1.0, 1.0))
+    for seed in range(3):
+        before, after = rescale_often(ensemble, rung, jax.random.key(seed), 20_000, 10)
+        for name in LEAVES:
+            old, new = (position.displacement[name].reshape(20_000, -1) for position in (before, after))
+            assert np.mean(np.any(old != new, axis=1)) > 0.5
+            for power in (1, 2):
+                change = np.mean(new.astype(float) ** power - old.astype(float) ** power, axis=1)
+                assert abs(change.mean()) <= 4.0 * change.std() / np.sqrt(len(change)), (name, power)
+                assert change.std() < 5.0
 
 
 class OnVector(eqx.Module):

@@ -13,6 +13,7 @@ import volumejax as vj
 from volumejax import ladder, passes, reference, tether
 from volumejax.results import BoundKind, Kind
 
+
 def measure(problem, seed=0, **options):
     return vj.tether_volume(
         jax.random.key(seed), problem.cost, problem.params, problem.prior, cutoff=problem.cutoff, **options

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from volumejax import tree
 from volumejax.ensemble import FIELDS, PACES, SHORT, Ensemble, Position, Rung, trajectories
 from volumejax.functions import jit_ahead
-from volumejax.kernels import hmc
+from volumejax.kernels import hmc, rescaled
 from volumejax.metric import Metric
 from volumejax.parallel import spread
 from volumejax.results import to_host
@@ -30,8 +30,9 @@ MOST_VISITS = 32
 """Rungs visited in one call of the compiled program, at most."""
 _WIDEST = 5.0
 """Half a change of log a up to which a slide grows like its exponential; the last may be infinite."""
-_COIN, _SHARED = 2**31 - 1, math.log(2.0)
-"""Of the keys below a visit's, that of the coin; and what a place costs that two may have come to."""
+_COIN, _SCALES, _SHARED = 2**31 - 1, 2**31 - 2, math.log(2.0)
+"""Of the keys below a visit's, that of the coin, and below a move's, that of the leaves' scales; and what a place costs
+that two may have come to."""
 TABLE = 1024
 """Rungs that a table holds at least, so that different ladders share one program."""
 
@@ -159,6 +160,14 @@ def _visit_one(
         share = share * jnp.where(place == 0, jnp.float32(1.0), jnp.float32(1.0 / SHORT))
         steps = jnp.maximum(jnp.round(share * rung.num_steps), 1.0).astype(jnp.int32)
         pace = jnp.asarray(PACES, jnp.float32)[place]
+        if ensemble.rescales:
+            with jax.enable_x64(False):
+                scale_key = jax.random.fold_in(move_key, _SCALES)
+            # The looks along a star's segment are dear.
+            position = jax.lax.cond(
+                (place == 0) | (not ensemble.checks), lambda p: rescaled(ensemble, rung, scale_key, p), lambda p: p,
+                position,
+            )  # fmt: skip
         position, info = step(move_key, position, steps, pace)
         # Nearly all short trajectories are taken: the steps are to be judged by the long ones.
         judged = (place == 0).astype(jnp.float64)

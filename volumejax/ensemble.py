@@ -276,6 +276,11 @@ class Ensemble(eqx.Module):
             return jnp.isfinite(cost) & (cost <= self.cutoff) & self.frame.supports(displacement)
 
     @property
+    def rescales(self) -> bool:
+        """Whether leaves may change their scales against each other: regions of few dimensions may have arms."""
+        return self.dimension < CHEAP and len(jax.tree.leaves(self.frame.anchor)) > 1
+
+    @property
     def checks(self) -> int:
         """Evaluations beside the trajectory itself that its end costs."""
         return self.region.num_checks if isinstance(self.region, Star) else 0

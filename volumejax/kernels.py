@@ -16,6 +16,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from volumejax import tree
@@ -25,10 +26,12 @@ from volumejax.metric import Metric
 from volumejax.ridge import held
 from volumejax.tree import wide
 
-__all__ = ["MoveInfo", "hmc"]
+__all__ = ["MoveInfo", "hmc", "rescaled"]
 
 JITTER = 0.1
 """A trajectory's step is drawn within this share of the nominal one, so that no period is met exactly."""
+_NARROWEST, _WIDEST = 0.03, 3.0
+"""Standard deviations between which a change of two leaves' log scales is drawn, evenly in their logarithm."""
 
 
 class MoveInfo(eqx.Module):
@@ -138,13 +141,8 @@ def _trajectory(
     arrived = metric.restored(end.place)
     reach, ridge = ensemble.look(arrived, end.cost)
     inside = end.legal & ensemble.permits(reach, arrived)
-    error = (
-        rung.beta * (held(end.cost, ridge, climbs) - held(start.cost, start.ridge, climbs))
-        + _quadratic_gain(ensemble, jnp.asarray(rung.precision), start.displacement, arrived)
-        + _kinetic_gain(masses, launch, end.velocity)
-    )
-    if end.toll is not None:
-        error = error + toll_share(rung.precision, rung.beta) * (end.toll - start.toll)
+    there = Position(arrived, end.cost, reach, start.virials, end.toll, ridge)
+    error = _kinetic_gain(masses, launch, end.velocity) + _potential_gain(ensemble, rung, start, there)
     acceptance = jnp.where(inside & jnp.isfinite(error), jnp.exp(-jnp.maximum(error, 0.0)), 0.0)
     taken = wide(chance) < acceptance
     stayed = (start.displacement, start.cost, start.reach, start.toll, start.ridge, begun.place, end.first_slope)
@@ -154,6 +152,49 @@ def _trajectory(
     virials = jnp.stack([tree.leaf_dots(v, slope) for v in ensemble.fields(metric, precisions, (a, beta), place)])
     position = Position(displacement, cost, reach, virials, toll, ridge)
     return position, MoveInfo(acceptance, inside, end.bounces, end.non_finite)
+
+
+def rescaled(ensemble: Ensemble, rung: Rung, key: Key[Array, ""], start: Position) -> Position:
+    """Move the parameters of two leaves, all of one up and of the other down by the same factor, or stay.
+
+    A Metropolis move that leaves the ensemble as it is. Where a cost is one of layers' product, regions have arms where
+    one layer is wide and another narrow: in each of them other steps and another metric would fit, and trajectories
+    take long from one to the other. A trajectory has to follow, since virials are not measured.
+
+    Args:
+        ensemble: the target but for its parameters; of two leaves or more.
+        rung: those parameters; may be traced.
+        key: of the move.
+        start: where the chain stands.
+    """
+    leaves, treedef = jax.tree.flatten(start.displacement)
+    with jax.enable_x64(False):
+        up = jax.random.randint(jax.random.fold_in(key, 0), (), 0, len(leaves))
+        down = (up + jax.random.randint(jax.random.fold_in(key, 1), (), 1, len(leaves))) % len(leaves)
+        width = jax.random.uniform(jax.random.fold_in(key, 2), (), jnp.float32, *np.log([_NARROWEST, _WIDEST]))
+        change = jnp.exp(width) * jax.random.normal(jax.random.fold_in(key, 3), (), jnp.float32)
+        chance = jax.random.uniform(jax.random.fold_in(key, 4), (), jnp.float32)
+    with jax.enable_x64(True):
+        places = jnp.arange(len(leaves))
+        changes = change * ((places == up).astype(jnp.float32) - (places == down).astype(jnp.float32))
+        displacement = jax.tree.map(
+            lambda d, mean, scale, by: d + jnp.expm1(by) * (d + mean / scale),
+            start.displacement, ensemble.frame.anchor, ensemble.frame.scale, treedef.unflatten(list(changes)),
+        )  # fmt: skip
+        end = ensemble.position(displacement)
+        spread = jnp.sum(jnp.asarray([x.size for x in leaves], jnp.float64) * wide(changes))
+        gain = _potential_gain(ensemble, rung, start, end) - spread
+        fits = ensemble.permits(end.reach, displacement) & (wide(chance) < jnp.exp(-gain))
+        return jax.tree.map(lambda x, y: jnp.where(fits, x, y), end, start)
+
+
+def _potential_gain(ensemble: Ensemble, rung: Rung, before: Position, after: Position) -> Array:
+    climbs = None if ensemble.ridge is None or rung.ridge is None else jnp.asarray(rung.ridge, jnp.float64)
+    gain = rung.beta * (held(after.cost, after.ridge, climbs) - held(before.cost, before.ridge, climbs))
+    gain = gain + _quadratic_gain(ensemble, jnp.asarray(rung.precision), before.displacement, after.displacement)
+    if after.toll is None:
+        return gain
+    return gain + toll_share(rung.precision, rung.beta) * (after.toll - before.toll)
 
 
 class _Turns(eqx.Module):

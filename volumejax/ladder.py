@@ -61,6 +61,8 @@ _RELEASE = 1.0
 """Energy that a step up the ladder may put into a chain, in standard deviations of its own."""
 _SETTLING = 0.4
 """Length of the trajectories at one precision: only the cost has to settle, by its stiff directions."""
+_MOVES, _COLD_MOVES = 8, 64
+"""At most, down to the natural β and where it is colder than the ladder: there the region's shape changes with β."""
 _PARTED, _LEAST_RISES, _MOST_RISES = 4.0, 6, 40
 """Nats by which segments may scatter against the guide unless the ridge takes its place, and rungs at least and at most
 for that."""
@@ -341,7 +343,8 @@ def temperature_ladder(survey: Survey, *, decades: float, most_steps: int, budge
     steps = np.clip(np.ceil(length * _SETTLING / step_size), 2, affordable)
     price = np.where(ridge > 0.0, RIDGE_PRICE, 1.0)
     dearer = _DEARER if parted else 1
-    moves = np.clip(np.max(length) / length * (dearer * budget / np.sum(price * (steps + 1.0))), 1, 8 * fine)
+    most = np.where(np.arange(count) < above, _COLD_MOVES, _MOVES * fine)
+    moves = np.clip(np.max(length) / length * (dearer * budget / np.sum(price * (steps + 1.0))), 1, most)
     if parted:
         moves = np.maximum(np.round(np.append(moves[:-1], _STAYING * moves[-1])), 1)
     precision = 0.0 if survey.ends_flat else float(np.exp(survey.x[-1]))
