@@ -178,3 +178,42 @@ def test_few_chains_have_the_larger_error_of_chains_and_of_time(make_rungs, of_c
     expected = max(jackknife(1), jackknife(2))
     assert errors.mass == pytest.approx(expected, abs=1e-9)
     assert errors.curve[0] == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("chains", [1, 32])
+def test_what_colder_chains_lag_by_on_their_way_and_back_is_an_error_of_the_curve(make_rungs, chains):
+    """The ways part at each of four gaps, by four nats in all at the coldest cutoff; a sixth counts.
+
+    Mutations: halves exchanged at some rungs, works or samples of both ways in one, the mass at the cutoff made
+    uncertain by what is colder.
+    """
+    joint, last, cutoffs = 4, 6, np.array([1e-4, 1e-3, 1e-2, 0.3])
+    beta = 2e5 * np.exp(-2.0 * np.arange(last + 1))
+
+    def errors_of(lag):
+        rng = np.random.default_rng(1)
+        tally = Tally(
+            make_rungs(np.full(9, 3.0), np.full(9, beta[joint])),
+            Temperatures(make_rungs(np.ones(last + 1), beta), joint, last), -7.0, chains, 0.0,
+        )  # fmt: skip
+        for which in (COOLING, HEATING):
+            for name in ("work_down", "work_up"):
+                tally.kappa_seen[name][which] = 0.0
+        there_and_back = [(rung, 0) for rung in range(last, -1, -1)] + [(rung, 1) for rung in range(last + 1)]
+        visits = [(COOLING, *visit) for visit in there_and_back]
+        for which, rung, way in visits + [(HEATING, rung, 0) for rung in range(last, joint - 1, -1)]:
+            cost = rng.gamma(1.5, 1.0 / beta[rung], size=chains)
+            seen = {name: cost for name in ("cost", "ridge", "reach")} | {"acceptance": np.ones(chains)}
+            sign = 0.0 if which == HEATING or rung > joint else lag * (-1.0) ** way
+            down = np.log(1.0 / 3.0) + sign + 0.01 * rng.normal(size=chains)
+            up = -np.log(1.0 / 3.0) - sign + 0.01 * rng.normal(size=chains)
+            # From the joint on all is alike.
+            works = {"work_down": down if rung < joint else 0.0 * down, "work_up": up if rung <= joint else 0.0 * up}
+            tally.temperature_seen.append((which, rung, seen | works))
+        whole = tally.sums(cutoffs, 0.3, chains=np.arange(chains))
+        return standard_errors(tally, whole, cutoffs, 0.3, (COOLING, HEATING))
+
+    still, lagging = errors_of(0.0), errors_of(2.0)
+    more = 6.0 * np.sqrt(np.maximum(lagging.curve**2 - still.curve**2, 0.0))
+    assert 3.0 < more[0] < 5.0 and more[0] > more[1] > more[2]
+    assert lagging.mass == pytest.approx(still.mass, abs=0.02)

@@ -1,6 +1,6 @@
 """Standard errors of what chains say: from leaving out chains, and from stretches of their ladders and visits."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,12 +8,14 @@ from numpy.typing import NDArray
 from volumejax.free_energy import ratio_influences
 from volumejax.tally import COOLING, HEATING, PARTS, Sums, Tally
 
-__all__ = ["Errors", "colder_error", "ladder_error", "ladder_noise", "standard_errors"]
+__all__ = ["LAG", "Errors", "colder_error", "ladder_error", "ladder_noise", "lag_of", "standard_errors"]
 
 _GROUPS = 16
 """Groups of chains that the jackknife leaves out in turn."""
 _FEW = 4
 """Chains of a pass at most where their scatter alone says little: stretches of time have to."""
+LAG = 6.0
+"""Standard deviations between two ways: what is lost on one and gained on the other nearly cancels."""
 _STRETCHES, _FEW_STRETCHES = 24, 8
 """Of the κ ladder, as many as its error is made of: each longer than the chains remember; and of the temperatures."""
 Vector = NDArray[np.float64]
@@ -35,7 +37,8 @@ def standard_errors(tally: Tally, whole: Sums, cutoffs: Vector, cutoff: float, p
 
     The larger of a jackknife over groups of chains, which covers all autocorrelation, and of the chains' scatter on
     many stretches of the ladder, which few chains tell too: these have their scatter from stretch to stretch of the
-    visits to temperatures besides.
+    visits to temperatures besides. Of what is colder than the ladder, where chains go there and come back, the part of
+    the ways' difference that chance does not explain comes to it.
     """
     everyone = np.arange(tally.chains)
     ladder = ladder_error(tally, whole.kappa_differences, whole.beta_differences)
@@ -62,6 +65,13 @@ def standard_errors(tally: Tally, whole: Sums, cutoffs: Vector, cutoff: float, p
         deep = np.hypot(ladder, way * colder_error(tally, whole.beta_differences))
         in_time[0], in_time[curve] = np.hypot(in_time[0], ladder), np.hypot(in_time[curve], deep)
         errors = np.maximum(errors, in_time)
+    if tally.joint > 0:
+        there, back = (
+            _flat(tally.sums(cutoffs, cutoff, chains=everyone, passes=passes, way=way, near=whole)) for way in (0, 1)
+        )
+        with np.errstate(invalid="ignore"):
+            gap = there - back
+        errors[1:] = np.hypot(errors[1:], lag_of(gap, 2.0 * errors)[1:] / LAG)
     mass = max(float(errors[0]), ladder)
     if tally.chains > 1:
         # Each pass alone has half of the samples, and few chains leave the jackknife itself to chance.
@@ -70,6 +80,11 @@ def standard_errors(tally: Tally, whole: Sums, cutoffs: Vector, cutoff: float, p
         # What is remembered along a stretch may be lag, which explains no hysteresis.
         chance = 2.0 * ladder_noise(tally, whole.kappa_differences, whole.beta_differences)
     return Errors(mass, errors[curve], errors[curve.stop :], chance)
+
+
+def lag_of(gap: Any, chance: Any) -> Any:
+    """Return what of a gap between two ways two standard deviations of it by chance do not explain; 0 where unknown."""
+    return np.sqrt(np.maximum(np.nan_to_num(gap, posinf=0.0, neginf=0.0) ** 2 - (2.0 * chance) ** 2, 0.0))
 
 
 def ladder_error(tally: Tally, kappa_differences: Vector, beta_differences: Vector) -> float:

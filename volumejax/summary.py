@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpy.typing import NDArray
 
-from volumejax.chain_errors import standard_errors
+from volumejax.chain_errors import LAG, lag_of, standard_errors
 from volumejax.chains import (
     LEAST_OVERLAP,
     MOST_BLOCKED,
@@ -29,8 +29,6 @@ _ROUNDING = 1e-9
 """Error of sums in float64, per dimension and nat."""
 _SMALL, _SHARE = 1.7, 0.017
 """A run is not mixed where the passes differ, beyond chance, by more than this: nats, or a share of |log mass|."""
-_LAG = 6.0
-"""Standard deviations between the passes: what is lost on the way down and gained on the way up nearly cancels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +87,8 @@ def summarise(
         )  # fmt: skip
     errors = standard_errors(tally, whole, plan.cutoffs, plan.cutoff, passes)
     gap = cooling - heating
-    lag = float(np.sqrt(max(gap**2 - (2.0 * errors.passes) ** 2, 0.0))) if np.isfinite(gap) else np.inf
-    systematic = lag / _LAG
+    lag = float(lag_of(gap, errors.passes)) if np.isfinite(gap) else np.inf
+    systematic = lag / LAG
     std_error = float(np.hypot(errors.mass, systematic) + _ROUNDING * (plan.dimension + abs(whole.log_mass)))
     trace = _trace(tally, plan, (whole, errors.energies), weights, gradients, progress)
     mixed = (

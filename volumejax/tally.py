@@ -225,13 +225,15 @@ class Tally:
         chains: NDArray,
         passes: tuple[int, ...] = (0, 1),
         without: int | None = None,
+        way: int | None = None,
         near: Sums | None = None,
     ) -> Sums:
         """Reduce the records of the given chains and passes; `near` is the result for nearly the same.
 
-        Samples `without` one of `PARTS` stretches of the visits to each temperature leave ΔF as it is with all.
+        Samples `without` one of `PARTS` stretches of the visits to each temperature leave ΔF as it is with all. Of one
+        `way`, the first or the second half of the visits to what is colder than the joint counts alone.
         """
-        joined = self._join(chains, passes, near, self._kappa_differences(chains, passes, near), without)
+        joined = self._join(chains, passes, near, self._kappa_differences(chains, passes, near), without, way)
         masses = joined.log_masses(self.betas, np.append(cutoffs, cutoff), cutoff)
         energies, heat_capacities = self._energies(joined)
         return Sums(
@@ -246,13 +248,17 @@ class Tally:
 
     def _join(
         self, chains: NDArray, passes: tuple[int, ...], near: Sums | None, kappa_differences: Vector,
-        without: int | None = None,
+        without: int | None = None, way: int | None = None,
     ) -> _Joined:  # fmt: skip
         """Join neighbouring rungs of both ladders by the works of the given chains and passes."""
         tables = {
             name: table[:, :, chains].reshape(len(table), -1, *table.shape[3:])
             for name, table in self.temperature_tables(passes).items()
         }
+        if way is not None:
+            other = np.repeat(self._halves(passes) == 1 - way, len(chains), axis=1)
+            for name, table in tables.items():
+                tables[name] = np.where(other.reshape(*other.shape, *[1] * (table.ndim - 2)), np.nan, table)
         costs, down, up = (tables[name] for name in ("cost", "work_down", "work_up"))
         beta_differences = acceptance_ratio(down[:-1], up[1:], None if near is None else near.beta_differences)
         # Outwards from the joint rung, so that what a pass did not visit spoils nothing else. Where one pass has no
@@ -275,10 +281,19 @@ class Tally:
 
     def _stretches(self, passes: tuple[int, ...]) -> Vector:
         """Return which of `PARTS` stretches of time each visit belongs to, shape (rungs, visits)."""
-        visits = np.cumsum(~np.isnan(self.temperature_tables(passes)["cost"]).all(axis=2), axis=1)
-        share = (visits - 0.5) / np.maximum(visits[:, -1:], 1)
+        share = self._shares_of_visits(passes)
         # Shifted from rung to rung, so that what was visited once or twice is not all of one stretch.
-        return (PARTS * share // 1 + np.arange(len(visits))[:, None]) % PARTS
+        return (PARTS * share // 1 + np.arange(len(share))[:, None]) % PARTS
+
+    def _halves(self, passes: tuple[int, ...]) -> Vector:
+        """Return which half of the visits to what is colder than the joint each is in, and -1 elsewhere, likewise."""
+        share = self._shares_of_visits(passes)
+        return np.where(np.arange(len(share))[:, None] < self.joint, 2.0 * share // 1, -1.0)
+
+    def _shares_of_visits(self, passes: tuple[int, ...]) -> Vector:
+        """Return which share of the visits to its rung came before each and with half of it, shape (rungs, visits)."""
+        visits = np.cumsum(~np.isnan(self.temperature_tables(passes)["cost"]).all(axis=2), axis=1)
+        return (visits - 0.5) / np.maximum(visits[:, -1:], 1)
 
     def _weights_of_rays(
         self, tables: dict[str, Vector], present: NDArray[np.bool_], counts: Vector, log_z: Vector
