@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import volumejax as vj
-from volumejax import exact, ladder, passes, reference, tether
+from volumejax import exact, ladder, passes, pilot, reference, tether
 from volumejax.results import BoundKind, Kind
 
 
@@ -38,8 +38,12 @@ PROBLEMS = {
     "A, 10 equal": lambda: reference.quadratic(np.ones(10), cutoff=0.01),
     "A, 20 scales, 1e-3": lambda: reference.quadratic(1 / np.arange(1, 21), cutoff=1e-3),
     "A, 20 scales, 1": lambda: reference.quadratic(1 / np.arange(1, 21), cutoff=1.0),
+    "A, 5 of 50": lambda: reference.quadratic(np.append(np.ones(5), np.zeros(45)), cutoff=1e-4),
+    "A, away from zero": lambda: reference.quadratic(1 / np.arange(1, 21), cutoff=0.1, sigma=2.0, minimum=1.0),
     "C, Gaussian": lambda: reference.normal_crossing((1, 1), cutoff=1e-4, gaussian=True),
+    "C, uniform": lambda: reference.normal_crossing((1, 1), cutoff=1e-6),
     "D, (3, 5)": lambda: reference.rank_one(3, 5, cutoff=1e-4),
+    "D, (4, 4)": lambda: reference.rank_one(4, 4, cutoff=1e-6),
     "E, (1, 1)": lambda: reference.tanh_neuron(1, 1, cutoff=1e-4),
     "E, (3, 5)": lambda: reference.tanh_neuron(3, 5, cutoff=1e-2),
     "H, all of the shell": lambda: reference.shell(3, cutoff=1e-2),
@@ -128,6 +132,21 @@ def test_flat_priors_with_walls_give_the_share_of_the_ball_or_box():
             jax.random.key(seed), ellipsoid.cost, anchor, vj.UniformBall(1.5), cutoff=0.1, effort=0.06
         )
         check(ball, ellipsoid.log_mass - ball_volume)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flat", ["box", "ball"])
+def test_five_decades_of_curvature_in_a_box_or_ball(flat):
+    ellipsoid = reference.ellipsoid(np.logspace(-3, 2, 100), cutoff=0.01)
+    # Both hold all of it: the longest half axis is 4.5.
+    prior = vj.UniformBox(-5.0, 5.0) if flat == "box" else vj.UniformBall(5.0)
+    ball = reference.ellipsoid(np.ones(100), cutoff=12.5).log_mass
+    truth = ellipsoid.log_mass - (100 * np.log(10.0) if flat == "box" else ball)
+    for seed in range(3):
+        estimate = vj.tether_volume(
+            jax.random.key(seed), ellipsoid.cost, ellipsoid.params, prior, cutoff=0.01, effort=0.3
+        )
+        check(estimate, truth)
 
 
 @pytest.mark.slow
@@ -408,6 +427,21 @@ def test_an_unbounded_region_under_an_improper_prior_is_refused():
         vj.tether_volume(
             jax.random.key(0), lambda w: jnp.square(w[0]), jnp.zeros(2), vj.Lebesgue(), cutoff=0.1, effort=0.02
         )
+
+
+@pytest.mark.parametrize("prior", [vj.UniformBox(0.0, 1.0), vj.UniformBall(1.0)])
+def test_a_region_within_the_walls_of_a_prior_is_not_refused_as_unbounded(monkeypatch, prior):
+    """Where chains are slow to fill it they once were taken to go on for ever."""
+
+    def refuse(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(pilot, "_require_bounded", refuse)
+    problem = reference.normal_crossing((1, 1), cutoff=1e-6)
+    estimate = vj.tether_volume(
+        jax.random.key(0), problem.cost, problem.params, prior, cutoff=problem.cutoff, effort=0.01, decades=0.0
+    )
+    assert np.isfinite(estimate.log_mass)
 
 
 @pytest.mark.slow

@@ -192,7 +192,7 @@ def _potential_gain(ensemble: Ensemble, rung: Rung, before: Position, after: Pos
     climbs = None if ensemble.ridge is None or rung.ridge is None else jnp.asarray(rung.ridge, jnp.float64)
     gain = rung.beta * (held(after.cost, after.ridge, climbs) - held(before.cost, before.ridge, climbs))
     gain = gain + _quadratic_gain(ensemble, jnp.asarray(rung.precision), before.displacement, after.displacement)
-    if after.toll is None:
+    if before.toll is None or after.toll is None:
         return gain
     return gain + toll_share(rung.precision, rung.beta) * (after.toll - before.toll)
 

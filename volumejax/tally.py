@@ -357,7 +357,7 @@ class Tally:
         """
         if self.chains > 1:
             found = [_r_hat([seen[rung] for rung in sorted(seen) if rung > 0][-_WINDOW:]) for seen in self.squares]
-            return float(np.fmax(*found))
+            return float(np.fmax.reduce(found))
         cooling, heating = (
             {rung: squares for rung, squares in sorted(seen.items()) if rung > 0 and np.all(np.isfinite(squares))}
             for seen in self.squares
@@ -369,7 +369,7 @@ class Tally:
             rungs = [rung for rung in cooling if rung <= last and rung - late in heating][-_WINDOW:]
             return _r_hat([np.concatenate([cooling[rung], heating[rung - late]]) for rung in rungs])
 
-        found = [np.fmax(apart(late, end), apart(late, end - most)) for late in range(most + 1)]
+        found = [float(np.fmax(apart(late, end), apart(late, end - most))) for late in range(most + 1)]
         return float(np.fmin.reduce(found))
 
     def shortfall(self, cutoff: float) -> float:
