@@ -28,49 +28,44 @@ class Truth(NamedTuple):
 
 
 def of(letter: str, problem: reference.Reference, *, label: str = "", star: bool = False, prior: Any = None) -> Truth:
-    """Return the question for all of the region or for its star, under another flat prior if asked, which holds it."""
-    what = [letter, problem.name, f"ε = {problem.cutoff:g}", label, "star" if star else ""]
+    """Return the question for all of the region or its star, under its own prior or a flat one that holds all of it."""
     truth = problem.star_log_mass if star else problem.log_mass
-    region = vj.Star() if star else vj.Connected()
     if prior is not None:
-        truth -= prior.log_volume(problem.params) if hasattr(prior, "log_volume") else _log_volume(prior, problem)
+        label, truth = type(prior).__name__, truth - log_volume(prior, len(problem.params))
+    what = [letter, problem.name, f"ε = {problem.cutoff:g}", label, "star" if star else ""]
+    region = vj.Star() if star else vj.Connected()
     return Truth(", ".join(part for part in what if part), problem, region, prior or problem.prior, truth)
 
 
-def _log_volume(prior: Any, problem: reference.Reference) -> float:
-    """Return the log volume of a box or a ball about zero."""
-    dimension = len(problem.params)
+def log_volume(prior: Any, dimension: int) -> float:
+    """Return the log volume of a box or a ball."""
     if isinstance(prior, vj.UniformBox):
         return float(dimension * np.log(prior.high - prior.low))
     return exact.ellipsoid(np.ones(dimension), cutoff=0.5 * float(prior.radius) ** 2).log_mass
 
 
 def rows() -> list[Truth]:
-    falling, spread = 1.0 / np.arange(1, 21), np.logspace(-3, 2, 100)
-    few = np.append(np.ones(5), np.zeros(45))
-    gaussian = {"gaussian": True}
+    falling, spread, few = 1.0 / np.arange(1, 21), np.logspace(-3, 2, 100), np.append(np.ones(5), np.zeros(45))
+    four, deep = np.array([1.0, 4.0, 0.5, 2.0]), (1e-2, 1e-4, 1e-6)
+    powers, sizes = ((1, 1), (1, 2), (2, 2), (1, 1, 1)), ((1, 1), (3, 5), (20, 20), (50, 10))
+    box, ball = vj.UniformBox(-5.0, 5.0), vj.UniformBall(5.0)
     return [
         of("A", reference.quadratic(np.ones(10), cutoff=0.01)),
         *(of("A", reference.quadratic(falling, cutoff=e), label="h = 1/i") for e in (1e-3, 1e-2, 1e-1, 1.0)),
-        *(of("A", reference.quadratic(few, cutoff=e), label="rank 5") for e in (1e-6, 1e-4, 1e-2)),
+        *(of("A", reference.quadratic(few, cutoff=e), label="rank 5") for e in deep),
         of("A", reference.quadratic(spread, cutoff=0.01), label="five decades"),
         of("A", reference.quadratic(spread, cutoff=0.01, sigma=0.3, minimum=0.2), label="σ = 0.3, a = 0.2"),
         of("A", reference.quadratic(falling, cutoff=0.1, sigma=2.0, minimum=1.0), label="σ = 2, a = 1"),
         of("A", reference.quadratic(np.ones(1000), cutoff=0.5)),
-        *(of("B", reference.ellipsoid(h, cutoff=0.01), prior=prior, label=type(prior).__name__)
-          for h, prior in (
-              (np.array([1.0, 4.0, 0.5, 2.0]), vj.UniformBox(-1.0, 1.0)), (spread, vj.UniformBox(-5.0, 5.0)),
-              (np.array([1.0, 4.0, 0.5, 2.0]), vj.UniformBall(1.0)), (spread, vj.UniformBall(5.0)),
-              (np.ones(1000), vj.UniformBox(-1.0, 1.0)),
-          )),
-        *(of("C", reference.normal_crossing(k, cutoff=e, **gaussian), label="Gaussian")
-          for k in ((1, 1), (1, 2), (2, 2), (1, 1, 1)) for e in (1e-2, 1e-4, 1e-6)),
-        *(of("C", reference.normal_crossing(k, cutoff=e)) for k in ((1, 1), (1, 1, 1), (1, 2), (2, 2)) for e in (1e-2, 1e-6)),
-        *(of("D", reference.rank_one(*size, cutoff=e)) for size in ((3, 5), (4, 4)) for e in (1e-2, 1e-4, 1e-6)),
-        *(of("E", reference.tanh_neuron(*size, cutoff=e))
-          for size in ((1, 1), (3, 5), (20, 20), (50, 10)) for e in (1e-2, 1e-4, 1e-6)),
+        *(of("B", reference.ellipsoid(h, cutoff=0.01), prior=prior) for h in (four, spread) for prior in (box, ball)),
+        of("B", reference.ellipsoid(np.ones(1000), cutoff=0.01), prior=vj.UniformBox(-1.0, 1.0)),
+        *(of("C", reference.normal_crossing(k, cutoff=e, gaussian=True), label="Gaussian")
+          for k in powers for e in deep),
+        *(of("C", reference.normal_crossing(k, cutoff=e), label="uniform") for k in powers for e in deep[::2]),
+        *(of("D", reference.rank_one(*size, cutoff=e)) for size in ((3, 5), (4, 4)) for e in deep),
+        *(of("E", reference.tanh_neuron(*size, cutoff=e)) for size in sizes for e in deep),
         *(of("H", reference.shell(d, cutoff=1e-2), star=star) for d in (3, 10) for star in (False, True)),
-        *(of("H", reference.shell(d, cutoff=1e-2, **gaussian), label="Gaussian", star=star)
+        *(of("H", reference.shell(d, cutoff=1e-2, gaussian=True), label="Gaussian", star=star)
           for d in (3, 10) for star in (False, True)),
     ]  # fmt: skip
 

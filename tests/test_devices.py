@@ -137,7 +137,7 @@ class TestEightDevices:
         def measure_chains(chains, mesh=None):
             return vj.tether_volume(
                 jax.random.key(3), cost, PARAMS, vj.Gaussian(1.0),
-                cutoff=0.02, num_chains=chains, effort=0.02, decades=0.0, mesh=mesh,
+                cutoff=0.02, num_chains=chains, effort=0.04, decades=0.0, mesh=mesh,
             )  # fmt: skip
 
         # A context would not reach the threads that launch them.
