@@ -211,6 +211,32 @@ def sliding(slide, freely=0.0, *, cost=lambda p: 0.0 * jnp.sum(p["w"])):
     return start, sent.ends, sent.record()
 
 
+def test_each_chain_changes_its_leaves_scales_by_draws_of_its_own():
+    """Trajectories stand still. Mutations: the visit's key for all chains, the move's own left out, one leaf alone."""
+    with jax.enable_x64(True):
+        frame = frame_of(Gaussian(0.7), PARAMS)
+        ensemble = Ensemble(lambda p: 0.0 * jnp.sum(p["w"]), frame, jnp.float64(1e6), Connected(), False)
+        precision = jnp.float64(1.0)
+    rungs = dataclasses.replace(ladder(), precision=np.ones(LEVELS), step_size=np.full(LEVELS, 1e-9))
+    start = begin(ensemble, jax.random.key(4), precision, jnp.arange(60, dtype=jnp.int32), None)
+
+    def scales(positions):
+        d = positions.displacement
+        first = [np.ravel(PARAMS[name])[0] + 0.7 * np.asarray(d[name]).reshape(60, -1)[:, 0] for name in PARAMS]
+        return [np.log(np.abs(x)) for x in first]
+
+    found = []
+    for moves in (1, 2):
+        table = pad(dataclasses.replace(rungs, num_moves=np.full(LEVELS, moves, np.int32)))
+        sent = set_out(ensemble, plain_metric(PARAMS, turns=True), jax.random.key(0), start, table, [2, 2], 0, None)
+        changes = [after - before for before, after in zip(scales(start), scales(sent.ends), strict=True)]
+        np.testing.assert_allclose(changes[0], -changes[1], atol=1e-4)
+        found.append(np.round(changes[0], 3))
+    moved = found[0] != 0.0
+    assert 0.3 < moved.mean() < 1.0 and len(np.unique(found[0][moved])) > 0.8 * moved.sum()
+    assert np.mean(found[1] != found[0]) > 0.3 and np.mean(found[1] == 2.0 * found[0]) < 0.8
+
+
 @pytest.mark.usefixtures("few_slide")
 def test_free_chains_that_slide_along_the_pull_do_the_same_work_everywhere():
     """The Gaussian about −b/a goes over into that about −b/a', which a stretch about the anchor alone misses."""

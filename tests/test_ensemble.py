@@ -18,7 +18,7 @@ from volumejax import tree
 from volumejax.ensemble import Ensemble, Position, with_bulges
 from volumejax.frames import frame_of
 from volumejax.metric import fit_metric, plain_metric
-from volumejax.priors import Gaussian, UniformBox
+from volumejax.priors import Gaussian, Lebesgue, UniformBall, UniformBox
 from volumejax.regions import Connected, Star
 
 PARAMS = {"w": jnp.array([0.5, -0.25, 0.75]), "b": jnp.array([0.1, 0.2])}
@@ -285,3 +285,18 @@ def test_costs_that_are_not_finite_are_outside(bad):
     if not bad < 0:  # The largest cost on a segment does not see what is below all others.
         assert float(position_at(star, jnp.array([1.0])).reach) == np.inf
     assert float(position_at(connected, here).reach) == (np.inf if np.isnan(bad) else bad)
+
+
+@pytest.mark.parametrize(
+    ("prior", "leaves", "size", "may"),
+    [
+        (Gaussian(1.0), 2, 20, True), (Gaussian(1.0), 1, 20, False), (Gaussian(1.0), 2, 1000, False),
+        (UniformBox(-2.0, 2.0), 2, 20, True), (UniformBall(9.0), 3, 20, True), (Lebesgue(), 2, 20, False),
+    ],
+)  # fmt: skip
+def test_leaves_change_their_scales_where_there_are_several_of_a_few_numbers_that_a_prior_holds(
+    prior, leaves, size, may
+):
+    params = {str(i): jnp.full(size // leaves + (i < size % leaves), 0.1) for i in range(leaves)}
+    ensemble = Ensemble(lambda w: jnp.sum(w["0"] ** 2), frame_of(prior, params), number(1.0), Connected(), False)
+    assert ensemble.dimension == size and ensemble.rescales == may

@@ -417,6 +417,15 @@ def temperatures(survey, decades=2.0, budget=4000.0):
     return temperature_ladder(survey, decades=decades, most_steps=MOST_STEPS, budget=budget)
 
 
+def test_where_it_is_colder_than_the_ladder_moves_go_on_with_the_budget():
+    """Mutations: eight at most everywhere, or everywhere more."""
+    for budget, cold, warm in ((1.0, 1, 1), (20_000.0, 64, 8)):
+        rungs, joint, _ = temperatures(survey_of(4.0), budget=budget)
+        assert np.all(rungs.num_moves[:joint] == cold) and np.all(rungs.num_moves[joint:] == warm)
+    rungs, joint, _ = temperatures(survey_of(4.0), budget=2_000.0)
+    assert 8 < rungs.num_moves[0] < 64
+
+
 @pytest.mark.parametrize("decades", [2.0, 0.5])
 def test_temperatures_run_from_cold_to_natural_through_the_joint(decades):
     rungs, joint, natural = temperatures(survey_of(4.0), decades)

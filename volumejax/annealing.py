@@ -163,11 +163,10 @@ def _visit_one(
         if ensemble.rescales:
             with jax.enable_x64(False):
                 scale_key = jax.random.fold_in(move_key, _SCALES)
+            scaled = jax.tree_util.Partial(rescaled, ensemble, rung, scale_key)
             # The looks along a star's segment are dear.
-            position = jax.lax.cond(
-                (place == 0) | (not ensemble.checks), lambda p: rescaled(ensemble, rung, scale_key, p), lambda p: p,
-                position,
-            )  # fmt: skip
+            often = not ensemble.checks
+            position = scaled(position) if often else jax.lax.cond(place == 0, scaled, lambda p: p, position)
         position, info = step(move_key, position, steps, pace)
         # Nearly all short trajectories are taken: the steps are to be judged by the long ones.
         judged = (place == 0).astype(jnp.float64)

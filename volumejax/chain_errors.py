@@ -14,8 +14,9 @@ _GROUPS = 16
 """Groups of chains that the jackknife leaves out in turn."""
 _FEW = 4
 """Chains of a pass at most where their scatter alone says little: stretches of time have to."""
-LAG = 6.0
-"""Standard deviations between two ways: what is lost on one and gained on the other nearly cancels."""
+LAG, _COLD_LAG = 6.0, 2.0
+"""Standard deviations between two passes, since what is lost on one and gained on the other nearly cancels; and between
+the way to the coldest temperature and the way back, which may both lag to the same side."""
 _STRETCHES, _FEW_STRETCHES = 24, 8
 """Of the κ ladder, as many as its error is made of: each longer than the chains remember; and of the temperatures."""
 Vector = NDArray[np.float64]
@@ -71,7 +72,7 @@ def standard_errors(tally: Tally, whole: Sums, cutoffs: Vector, cutoff: float, p
         )
         with np.errstate(invalid="ignore"):
             gap = there - back
-        errors[1:] = np.hypot(errors[1:], lag_of(gap, 2.0 * errors)[1:] / LAG)
+        errors[1:] = np.hypot(errors[1:], lag_of(gap, 2.0 * errors)[1:] / _COLD_LAG)
     mass = max(float(errors[0]), ladder)
     if tally.chains > 1:
         # Each pass alone has half of the samples, and few chains leave the jackknife itself to chance.

@@ -10,7 +10,7 @@ import numpy as np
 from volumejax.low_rank import LowRankPrecision
 from volumejax.proposals import Dense, Diagonal, Isotropic
 from volumejax.rays import ray_volume
-from volumejax.reference import Reference, ellipsoid, quadratic, rank_one, shell, tanh_neuron
+from volumejax.reference import Reference, ellipsoid, normal_crossing, quadratic, rank_one, shell, tanh_neuron
 from volumejax.regions import Connected, Star
 from volumejax.results import Kind, VolumeEstimate
 from volumejax.tether import tether_volume
@@ -104,6 +104,9 @@ CASES = (
     Case("shell seen from e1, D = 3", lambda: shell(3, cutoff=1e-2), False),
     Case("shell seen from e1, D = 10", lambda: shell(10, cutoff=1e-2), False),
     ChainCase("quadratic, 20 scales", lambda: quadratic(1 / np.arange(1, 21), cutoff=1e-2), Connected()),
+    ChainCase("crossing (1, 1), Gaussian", lambda: normal_crossing((1, 1), cutoff=1e-4, gaussian=True), Connected()),
+    ChainCase("rank one (4, 4)", lambda: rank_one(4, 4, cutoff=1e-4), Connected()),
+    ChainCase("tanh neuron (50, 10)", lambda: tanh_neuron(50, 10, cutoff=1e-6), Connected(), effort=0.3, max_error=0.4),
     ChainCase("shell seen from e1, D = 3", lambda: shell(3, cutoff=1e-2), Star()),
     ChainCase("shell, round the back, D = 3", lambda: shell(3, cutoff=1e-2), Connected()),
 )

@@ -277,8 +277,12 @@ class Ensemble(eqx.Module):
 
     @property
     def rescales(self) -> bool:
-        """Whether leaves may change their scales against each other: regions of few dimensions may have arms."""
-        return self.dimension < CHEAP and len(jax.tree.leaves(self.frame.anchor)) > 1
+        """Whether leaves may change their scales against each other: regions of few dimensions may have arms.
+
+        Not where nothing but the region holds the chains: whether it ends is seen from how far they go.
+        """
+        improper = self.frame.stiffness == 0.0 and self.frame.walls is None and self.frame.ball is None
+        return not improper and self.dimension < CHEAP and len(jax.tree.leaves(self.frame.anchor)) > 1
 
     @property
     def checks(self) -> int:

@@ -159,7 +159,8 @@ def rescaled(ensemble: Ensemble, rung: Rung, key: Key[Array, ""], start: Positio
 
     A Metropolis move that leaves the ensemble as it is. Where a cost is one of layers' product, regions have arms where
     one layer is wide and another narrow: in each of them other steps and another metric would fit, and trajectories
-    take long from one to the other. A trajectory has to follow, since virials are not measured.
+    take long from one to the other. It multiplies the parameters, not what they are off the anchor by: those are what
+    layers have in common. A trajectory has to follow, since virials are not measured.
 
     Args:
         ensemble: the target but for its parameters; of two leaves or more.
@@ -178,7 +179,7 @@ def rescaled(ensemble: Ensemble, rung: Rung, key: Key[Array, ""], start: Positio
         places = jnp.arange(len(leaves))
         changes = change * ((places == up).astype(jnp.float32) - (places == down).astype(jnp.float32))
         displacement = jax.tree.map(
-            lambda d, mean, scale, by: d + jnp.expm1(by) * (d + mean / scale),
+            lambda d, mean, scale, by: d + jnp.expm1(by) * (d + (mean / scale).astype(d.dtype)),
             start.displacement, ensemble.frame.anchor, ensemble.frame.scale, treedef.unflatten(list(changes)),
         )  # fmt: skip
         end = ensemble.position(displacement)

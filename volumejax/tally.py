@@ -21,6 +21,8 @@ _WINDOW = 48
 """Rungs at the end of the ladder over which chains are compared with each other."""
 _LATE = 0.1
 """Share of the ladder's gradients that single chains of the two passes may lag, in all, and still be in one part."""
+_SHIFTS = 64
+"""Lags that are tried, at least half as many where there are more rungs."""
 _REFUSED = 0.02
 """Mean Metropolis probability of a visit's long trajectories below which the chain stood still."""
 _QUARTILES = 1.349
@@ -369,7 +371,8 @@ class Tally:
             rungs = [rung for rung in cooling if rung <= last and rung - late in heating][-_WINDOW:]
             return _r_hat([np.concatenate([cooling[rung], heating[rung - late]]) for rung in rungs])
 
-        found = [float(np.fmax(apart(late, end), apart(late, end - most))) for late in range(most + 1)]
+        shifts = range(0, most + 1, 1 + most // _SHIFTS)
+        found = [float(np.fmax(apart(late, end), apart(late, end - most))) for late in shifts]
         return float(np.fmin.reduce(found))
 
     def shortfall(self, cutoff: float) -> float:
@@ -431,8 +434,8 @@ def _r_hat(squares: list[Vector]) -> float:
     """
     if len(squares) < 4:
         return np.nan
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log(np.stack(squares))
+    # A leaf of no size is the same everywhere.
+    logs = np.log(np.maximum(np.stack(squares), 1e-300))
     alive = np.all(np.isfinite(logs), axis=(0, 2))
     if alive.sum() < 2:
         return np.nan

@@ -64,8 +64,8 @@ _MEANT = 0.01
 """Share of the cutoff by which a cost in sheared coordinates may be off."""
 _FORWARDS = 3
 """Evaluations of the cost that a gradient is worth."""
-_LAST_VISITS = 24
-"""Visits of each chain to the last rung, over which the final factor is averaged."""
+_LAST_VISITS, _COLDEST_VISITS = 24, 6
+"""Visits of each chain to the last rung, over which the final factor is averaged, and to the coldest for the curve."""
 _FIRST_VISITS = 4
 """Visits of the heating chains beyond the end of the ladder, at its end and at the natural β, before they count."""
 _SETTLED = 0.1
@@ -346,7 +346,8 @@ class _Run:
             ),
         ]
         if joint > 0:
-            there_and_back = [*range(last, -1, -1), *range(last + 1), last]
+            # What is left of the lag at the coldest must not go back with them.
+            there_and_back = [*range(last, 0, -1), *[0] * _COLDEST_VISITS, *range(last + 1), last]
             cool.append(
                 Leg("curve", ridged, temperature_table, there_and_back, _CURVE, enter_temperature(COOLING, False))
             )
