@@ -511,7 +511,7 @@ def test_a_small_network_comes_out_as_in_longer_runs():
     inputs = jax.random.normal(key, (100, 8))
     cost = vj.kl_to_anchor(lambda w, x: jnp.tanh(x @ w["hidden"]) @ w["out"], params, inputs)
     question = (cost, params, vj.Gaussian(1.0))
-    estimate = vj.tether_volume(jax.random.key(1), *question, cutoff=1e-2, effort=0.05, num_chains=16, decades=0.5)
+    estimate = vj.tether_volume(jax.random.key(1), *question, cutoff=1e-2, effort=0.1, num_chains=16, decades=0.5)
     assert estimate.kind == Kind.ESTIMATE, estimate.status
     assert abs(estimate.log_mass + 90.2) <= 4.0 * np.hypot(estimate.std_error, 0.15)
     assert estimate.std_error <= 1.0 and -95.0 <= estimate.lower <= -90.0
