@@ -180,12 +180,12 @@ def test_few_chains_have_the_larger_error_of_chains_and_of_time(make_rungs, of_c
     assert errors.curve[0] == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize("chains", [1, 32])
-def test_what_colder_chains_lag_by_on_their_way_and_back_is_an_error_of_the_curve(make_rungs, chains):
-    """The ways part at each of four gaps, by four nats in all at the coldest cutoff; a sixth counts.
+@pytest.mark.parametrize(("chains", "least"), [(1, 1.0), (32, 4.0)])
+def test_what_colder_chains_lag_by_on_their_way_and_back_is_an_error_of_the_curve(make_rungs, chains, least):
+    """The ways part at each of four gaps, by four and a half nats in all at the coldest cutoff; half of it counts.
 
-    Mutations: halves exchanged at some rungs, works or samples of both ways in one, the mass at the cutoff made
-    uncertain by what is colder.
+    Chance explains most of that for a single chain. Mutations: halves exchanged at some rungs, works or samples of both
+    ways in one, the mass at the cutoff made uncertain by what is colder.
     """
     joint, last, cutoffs = 4, 6, np.array([1e-4, 1e-3, 1e-2, 0.3])
     beta = 2e5 * np.exp(-2.0 * np.arange(last + 1))
@@ -214,6 +214,6 @@ def test_what_colder_chains_lag_by_on_their_way_and_back_is_an_error_of_the_curv
         return standard_errors(tally, whole, cutoffs, 0.3, (COOLING, HEATING))
 
     still, lagging = errors_of(0.0), errors_of(2.0)
-    more = 6.0 * np.sqrt(np.maximum(lagging.curve**2 - still.curve**2, 0.0))
-    assert 3.0 < more[0] < 5.0 and more[0] > more[1] > more[2]
+    more = 2.0 * np.sqrt(np.maximum(lagging.curve**2 - still.curve**2, 0.0))
+    assert least < more[0] < 5.0 and more[0] > more[1] > more[2]
     assert lagging.mass == pytest.approx(still.mass, abs=0.02)
