@@ -69,6 +69,7 @@ def test_the_star_of_the_shell_is_what_rays_see():
         # At that effort chains lag behind where it is colder, which the curve's errors must say.
         exact_curve = [exact.shell_star(3, cutoff=float(c)).log_mass for c in estimate.curve.cutoffs]
         assert np.all(np.abs(estimate.curve.log_mass - exact_curve) <= 4.0 * estimate.curve.std_error)
+        assert np.all(np.abs(estimate.curve.log_mass - exact_curve) <= 3.0)
         assert np.all(estimate.curve.std_error <= 4.0) and estimate.curve.std_error[-1] <= 0.5
 
 
@@ -82,9 +83,9 @@ STARS = {
 def risen(request, monkeypatch):
     """A star whose ridge rises however little its segments scatter, and its log mass."""
     monkeypatch.setattr(ladder, "_PARTED", -1.0)
-    make, exact = STARS[request.param]
+    make, answer = STARS[request.param]
     problem = make()
-    return problem, exact(problem)
+    return problem, answer(problem)
 
 
 @pytest.mark.slow
@@ -190,7 +191,15 @@ def test_ten_thousand_dimensions():
     check(measure(problem, effort=0.15), problem.log_mass, cap=5.0, gap=20.0)
 
 
-ARMS = {"(50, 10)": (50, 10, 1e-6, 0.3), "(20, 20)": (20, 20, 1e-6, 0.3), "(20, 20) at little": (20, 20, 1e-4, 0.06)}
+ARMS = {"(20, 20)": (20, 20, 1e-6, 0.3), "(20, 20) at little": (20, 20, 1e-4, 0.06)}
+
+
+@pytest.mark.slow
+def test_unequal_arms_are_found():
+    """The arm that is wider by far opens late, and each leaf's curvature changes by orders of magnitude on the way."""
+    problem = reference.tanh_neuron(50, 10, cutoff=1e-6)
+    for seed in range(3):
+        check(measure(problem, seed, effort=0.3), problem.log_mass)
 
 
 @pytest.mark.slow
@@ -280,7 +289,7 @@ SINGULAR = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SINGULAR)
 def test_the_learning_coefficient_tends_to_the_known_one(name):
-    """Over four decades of the cutoff, where multiplicity is one; the star and all of the region are the same."""
+    """Over four decades of the cutoff, where multiplicity is one."""
     make, known = SINGULAR[name]
     problem = make()
     for seed in range(3):
@@ -288,6 +297,7 @@ def test_the_learning_coefficient_tends_to_the_known_one(name):
         coldest = slice(0, 3)
         assert np.all(trace.energy_errors[coldest] <= 0.2 * known)
         assert np.all(np.abs(trace.energies[coldest] - known) <= 4.0 * trace.energy_errors[coldest] + 0.02 * known)
+        assert np.all(np.abs(trace.energies[coldest] - known) <= 0.2 * known)
         # At the natural β the slope is that of the cutoff itself, which is less.
         assert trace.energies[-1] < 0.9 * known
 

@@ -281,8 +281,7 @@ class Ensemble(eqx.Module):
 
         Not where nothing but the region holds the chains: whether it ends is seen from how far they go.
         """
-        improper = self.frame.stiffness == 0.0 and self.frame.walls is None and self.frame.ball is None
-        return not improper and self.dimension < CHEAP and len(jax.tree.leaves(self.frame.anchor)) > 1
+        return not self.frame.improper and self.dimension < CHEAP and len(jax.tree.leaves(self.frame.anchor)) > 1
 
     @property
     def checks(self) -> int:

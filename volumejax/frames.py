@@ -56,6 +56,11 @@ class Frame(eqx.Module):
     walls: Walls | None = None
     ball: Ball | None = None
 
+    @property
+    def improper(self) -> bool:
+        """Whether nothing but the region holds δ back: neither a pull nor a wall of the prior."""
+        return self.stiffness == 0.0 and self.walls is None and self.ball is None
+
     def params(self, displacement: PyTree) -> PyTree:
         """Return θ0 + scale·δ in the dtype of the anchor."""
         return jax.tree.map(lambda x, s, d: (x + s * d).astype(x.dtype), self.anchor, self.scale, displacement)

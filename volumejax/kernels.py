@@ -6,6 +6,8 @@ turned coordinates of a metric, so that one size fits the stiff and the soft. Be
 that steps outside is reflected about the cost's gradient there; two steps outside in a row, or an end outside, reject
 it. Reversible and volume-preserving, hence exact.
 
+Beside it, for regions of layers' products: a Metropolis move of two leaves' scales.
+
 References: Neal 2011 (Handbook of Markov Chain Monte Carlo, ch. 5) for the method; Shahbaba, Lan, Johnson & Neal,
 Statistics and Computing 2014, for the splitting; Neal, Annals of Statistics 2003, §7.2, for outside reflection.
 """

@@ -140,7 +140,7 @@ def fly(
         budget = budget / dearer + spent
         flight, scouts = descend(ensemble, jax.random.fold_in(key, 2 * _AGAIN), spent)
         beta, natural, settled = settle(flight, scouts)
-    if ensemble.frame.stiffness == 0.0 and ensemble.frame.walls is None and ensemble.frame.ball is None:
+    if ensemble.frame.improper:
         _require_bounded(flight, settled, beta)
     ends, flight.last = flight.positions, flight.confined(beta, settled.record)
     progress(_DOWN + _THERE)

@@ -1,6 +1,7 @@
 """From the records of chains to free energies: what was seen on which rung, and what it adds up to."""
 
 import dataclasses
+import itertools
 import operator
 from typing import Any, NamedTuple
 
@@ -361,15 +362,17 @@ class Tally:
             found = [_r_hat([seen[rung] for rung in sorted(seen) if rung > 0][-_WINDOW:]) for seen in self.squares]
             return float(np.fmax.reduce(found))
         cooling, heating = (
-            {rung: squares for rung, squares in sorted(seen.items()) if rung > 0 and np.all(np.isfinite(squares))}
+            {rung: squares for rung, squares in seen.items() if rung > 0 and np.all(np.isfinite(squares))}
             for seen in self.squares
         )
         end, spent = max(cooling.keys() & heating.keys(), default=0), np.cumsum(self.kappa.gradients)
         most = int(np.sum(spent[: end + 1] >= spent[end] - _LATE * spent[-1])) - 1
 
         def apart(late: int, last: int) -> float:
-            rungs = [rung for rung in cooling if rung <= last and rung - late in heating][-_WINDOW:]
-            return _r_hat([np.concatenate([cooling[rung], heating[rung - late]]) for rung in rungs])
+            pairs = (
+                (cooling[c], heating[c - late]) for c in range(last, 0, -1) if c in cooling and c - late in heating
+            )
+            return _r_hat([np.concatenate(pair) for pair in itertools.islice(pairs, _WINDOW)])
 
         shifts = range(0, most + 1, 1 + most // _SHIFTS)
         found = [float(np.fmax(apart(late, end), apart(late, end - most))) for late in shifts]
